@@ -1,0 +1,83 @@
+"""What the tests share: the bundled model, the command, and checkpoints by TensorFlow itself."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "models" / "1M"
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled model's encoder, hparams and parameters."""
+    from utils import load_encoder_hparams_and_params
+
+    return load_encoder_hparams_and_params("1M", str(ROOT / "models"))
+
+
+@pytest.fixture
+def models_dir(tmp_path, bundled):
+    """A models_dir with a copy of the bundled model, converted, under the name `mine`."""
+    shutil.copytree(BUNDLED, tmp_path / "models" / "mine")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def run():
+    """Run `python gpt2.py` with these arguments, and these environment variables besides."""
+
+    def run(*args, code=("gpt2.py",), **env):
+        return subprocess.run(
+            [sys.executable, *code, *map(str, args)],
+            cwd=ROOT,
+            env=os.environ | env,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def write_checkpoint():
+    """Write random weights by TensorFlow's `Saver`, in OpenAI's names and shapes; returns them."""
+
+    def write(folder, n_vocab, n_ctx, n_embd, n_head, n_layer, seed=0):
+        import tensorflow.compat.v1 as tf
+
+        dense = {
+            "attn/c_attn": (1, 3),
+            "attn/c_proj": (1, 1),
+            "mlp/c_fc": (1, 4),
+            "mlp/c_proj": (4, 1),
+        }
+        shapes = {"wte": (n_vocab, n_embd), "wpe": (n_ctx, n_embd)}
+        shapes |= {"ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
+        for i in range(n_layer):
+            shapes |= {f"h{i}/{ln}/{p}": (n_embd,) for ln in ("ln_1", "ln_2") for p in "gb"}
+            for name, (n_in, n_out) in dense.items():
+                shapes[f"h{i}/{name}/w"] = (1, n_in * n_embd, n_out * n_embd)
+                shapes[f"h{i}/{name}/b"] = (n_out * n_embd,)
+        random = np.random.default_rng(seed)
+        tensors = {
+            f"model/{name}": random.normal(name.endswith("/g"), 0.2, shape).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        with tf.Graph().as_default(), tf.Session() as session:
+            for name, tensor in tensors.items():
+                variable = tf.get_variable(name, tensor.shape, initializer=tf.zeros_initializer)
+                session.run(variable.initializer, {variable.initial_value: tensor})
+            tf.train.Saver(save_relative_paths=True).save(session, str(folder / "model.ckpt"))
+        hparams = dict(n_vocab=n_vocab, n_ctx=n_ctx, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+        (folder / "hparams.json").write_text(json.dumps(hparams))
+        return tensors
+
+    return write
