@@ -9,12 +9,14 @@ that file into memory, and needs neither TensorFlow nor a network.
 
 import base64
 import contextlib
+import functools
 import hashlib
 import math
 import os
 import re
 import sys
 import time
+import types
 
 import numpy as np
 
@@ -352,12 +354,19 @@ def lock(file):
 
 def command_line(main):
     """Run `main` with the arguments of the shell; a mistake ends in a line that says what to do."""
+
+    @functools.wraps(main)
+    def plan(*args, **kwargs):
+        return types.SimpleNamespace(_run=functools.partial(main, *args, **kwargs))
+
     try:
         import fire
 
-        fire.parser.DefaultParseValue = str  # fire would read the prompt 42 as a number
+        fire.parser.DefaultParseValue = str  # otherwise the prompt 42 would arrive as a number
         sys.stdout.reconfigure(errors="replace")  # for a terminal that knows fewer characters
-        fire.Fire(main)
+        # Run last, so that a word too many stops it first; no prompt is the NUL, as "-" might be.
+        arguments = [*sys.argv[1:], "--", "--separator=\0"]
+        fire.Fire(plan, arguments, serialize=lambda planned: planned._run())
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "1M"
+# One processor plays eight devices; JAX reads this once, when it is first used.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +35,13 @@ def models_dir(tmp_path, bundled):
 def run():
     """Run `python gpt2.py` with these arguments, and these environment variables besides."""
 
-    def run(*args, code=("gpt2.py",), **env):
+    def run(*args, code=("gpt2.py",), encoding="utf-8", **env):
         return subprocess.run(
             [sys.executable, *code, *map(str, args)],
             cwd=ROOT,
             env=os.environ | env,
             capture_output=True,
-            encoding="utf-8",
+            encoding=encoding,
             timeout=120,
         )
 
