@@ -68,7 +68,8 @@ def load_encoder_hparams_and_params(model_size, models_dir):
             # New files passed every check that their server allows: if they fail now, none is kept.
             for path in fetched or []:
                 os.remove(path)
-            remedy = "The new files are deleted: run again to download." if fetched else remedy
+            if fetched:
+                remedy = f"The new files are deleted: run again; if that fails, delete {model_dir}."
             raise ValueError(f"{error}\n{remedy}") from None
 
 
@@ -153,13 +154,15 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
                 return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
 
             return build_params(hparams, read)
-    except (tf.errors.OpError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{tf_ckpt_path}: {str(error).splitlines()[0]}") from None
+    except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{tf_ckpt_path}.*: {str(error).splitlines()[0]}") from None
 
 
 def convert(tf_ckpt_path, hparams, converted, changed):
     """Write the weights, tensor by tensor, as one flat file that bears the time `changed`."""
     part = converted + ".part"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(converted)  # of another checkpoint: not to be used if this one cannot be read
     try:
         with open(part, "wb") as file:
             load_gpt2_params_from_tf_ckpt(
@@ -170,7 +173,8 @@ def convert(tf_ckpt_path, hparams, converted, changed):
         os.utime(part, ns=(changed, changed))
         os.replace(part, converted)
     except BaseException:
-        os.remove(part)
+        with contextlib.suppress(OSError):
+            os.remove(part)
         raise
 
 
@@ -304,7 +308,7 @@ def receive(url, part, sha256):
         total = start + int(length)
         sizes = {"total": total, "initial": start, "unit": "B", "unit_scale": True}
         with open(part, "ab" if start else "wb") as file, tqdm(desc=part, **sizes) as bar:
-            for chunk in response.iter_content(1 << 20):
+            for chunk in response.iter_content(1 << 16):
                 bar.update(file.write(chunk))
             file.flush()
             os.fsync(file.fileno())

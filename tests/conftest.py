@@ -48,38 +48,26 @@ def run():
     return run
 
 
-@pytest.fixture
-def write_checkpoint():
+def write_checkpoint(folder, n_vocab, n_ctx, n_embd, n_head, n_layer, seed=0):
     """Write random weights by TensorFlow's `Saver`, in OpenAI's names and shapes; returns them."""
+    import tensorflow.compat.v1 as tf
 
-    def write(folder, n_vocab, n_ctx, n_embd, n_head, n_layer, seed=0):
-        import tensorflow.compat.v1 as tf
-
-        dense = {
-            "attn/c_attn": (1, 3),
-            "attn/c_proj": (1, 1),
-            "mlp/c_fc": (1, 4),
-            "mlp/c_proj": (4, 1),
-        }
-        shapes = {"wte": (n_vocab, n_embd), "wpe": (n_ctx, n_embd)}
-        shapes |= {"ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
-        for i in range(n_layer):
-            shapes |= {f"h{i}/{ln}/{p}": (n_embd,) for ln in ("ln_1", "ln_2") for p in "gb"}
-            for name, (n_in, n_out) in dense.items():
-                shapes[f"h{i}/{name}/w"] = (1, n_in * n_embd, n_out * n_embd)
-                shapes[f"h{i}/{name}/b"] = (n_out * n_embd,)
-        random = np.random.default_rng(seed)
-        tensors = {
-            f"model/{name}": random.normal(name.endswith("/g"), 0.2, shape).astype(np.float32)
-            for name, shape in shapes.items()
-        }
-        with tf.Graph().as_default(), tf.Session() as session:
-            for name, tensor in tensors.items():
-                variable = tf.get_variable(name, tensor.shape, initializer=tf.zeros_initializer)
-                session.run(variable.initializer, {variable.initial_value: tensor})
-            tf.train.Saver(save_relative_paths=True).save(session, str(folder / "model.ckpt"))
-        hparams = dict(n_vocab=n_vocab, n_ctx=n_ctx, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
-        (folder / "hparams.json").write_text(json.dumps(hparams))
-        return tensors
-
-    return write
+    dense = {"attn/c_attn": (1, 3), "attn/c_proj": (1, 1), "mlp/c_fc": (1, 4), "mlp/c_proj": (4, 1)}
+    shapes = {"wte": (n_vocab, n_embd), "wpe": (n_ctx, n_embd)}
+    shapes |= {"ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
+    for i in range(n_layer):
+        shapes |= {f"h{i}/{ln}/{p}": (n_embd,) for ln in ("ln_1", "ln_2") for p in "gb"}
+        for name, (n_in, n_out) in dense.items():
+            shapes[f"h{i}/{name}/w"] = (1, n_in * n_embd, n_out * n_embd)
+            shapes[f"h{i}/{name}/b"] = (n_out * n_embd,)
+    random, tensors = np.random.default_rng(seed), {}
+    with tf.Graph().as_default(), tf.Session() as session:
+        for name, shape in shapes.items():
+            tensor = random.standard_normal(shape, np.float32) / 5 + name.endswith("/g")
+            variable = tf.get_variable(f"model/{name}", shape, initializer=tf.zeros_initializer)
+            session.run(variable.initializer, {variable.initial_value: tensor})
+            tensors[f"model/{name}"] = tensor
+        tf.train.Saver(save_relative_paths=True).save(session, str(folder / "model.ckpt"))
+    hparams = dict(n_vocab=n_vocab, n_ctx=n_ctx, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    return tensors

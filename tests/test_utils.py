@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import BUNDLED
+from conftest import BUNDLED, write_checkpoint
 
 from utils import load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
 
 
 @pytest.fixture
-def random_model(tmp_path, write_checkpoint):
+def random_model(tmp_path):
     """A models_dir with a random model named `random`, and its tensors as TensorFlow has them."""
     folder = tmp_path / "models" / "random"
     folder.mkdir(parents=True)
@@ -73,9 +73,7 @@ def test_the_weights_are_converted_once(random_model):
 
 
 @pytest.mark.parametrize("age", [-1000, 1000])
-def test_another_checkpoint_is_converted_again_be_it_newer_or_older(
-    random_model, write_checkpoint, age
-):
+def test_another_checkpoint_is_converted_again_be_it_newer_or_older(random_model, age):
     models_dir, _ = random_model
     folder = models_dir / "random"
     load_encoder_hparams_and_params("random", models_dir)

@@ -1,0 +1,198 @@
+"""Measure this repository beside other systems, in turn, in one run.
+
+    python tests/benchmark.py
+
+Greedy decoding in float32, one prompt at a time. No token can come sooner than the memory delivers
+every weight once: that is the limit, from the read speed measured in the same run.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib import metadata, util
+from itertools import islice, product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+
+from utils import command_line, load_encoder_hparams_and_params
+
+SIZES = {  # n_embd, n_head, n_layer of OpenAI's release
+    "124M": (768, 12, 12),
+    "355M": (1024, 16, 24),
+    "774M": (1280, 20, 36),
+    "1558M": (1600, 25, 48),
+}
+FIGURES = {  # how many tokens come in, and how many steps after the first are timed
+    "tokens/s, short prompt": (8, 40),
+    "tokens/s after 900 tokens": (900, 40),
+    "s to the first token after 512": (512, 0),
+}
+LOAD = "import sys, utils; utils.load_encoder_hparams_and_params(*sys.argv[1:])"
+
+
+def main(model_size="124M", models_dir=None, rounds=5):
+    """Print speed and memory as medians of all rounds, and their ratios.
+
+    Args:
+        model_size: 124M, 355M, 774M or 1558M
+        models_dir: where that model is; without it, random weights are written for the time being
+        rounds: how often each figure is measured, all systems in turn
+    """
+    if not (util.find_spec("torch") and util.find_spec("transformers")):
+        print("To have transformers in the table: pip install torch transformers", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        if models_dir is None:
+            models_dir = folder
+            with worker() as writer:
+                writer.submit(write_model, Path(folder, model_size), *SIZES[model_size]).result()
+        return table(model_size, models_dir, int(rounds))
+
+
+def table(model_size, models_dir, rounds):
+    """Take all systems in turn, and return the figures in Markdown."""
+    converted = Path(models_dir, model_size, "params.f32")
+    converted.unlink(missing_ok=True)
+    first = [command("-c", LOAD, model_size, models_dir)]
+    size = converted.stat().st_size
+    names = ["this repository"]
+    if util.find_spec("torch") and util.find_spec("transformers"):
+        names.append("transformers")
+    systems = {name: worker(name, model_size, models_dir) for name in names}
+    memory, limits, seen = worker(), [], {}
+    for _ in range(rounds):
+        limits.append(memory.submit(read_speed).result() / size)
+        for cell in product(FIGURES, names):
+            figure, name = cell
+            value = systems[name].submit(timed, *FIGURES[figure]).result()
+            seen.setdefault(cell, []).append(value)
+    for pool in (memory, *systems.values()):
+        pool.shutdown()
+    whole = [command("gpt2.py", "x", 40, model_size, models_dir) for _ in range(rounds)]
+
+    rows = [["", *names, *(f"× {name}" for name in names[1:]), "of the limit"], ["---"] * 5]
+    for figure in FIGURES:
+        faster = 1 if FIGURES[figure][1] else -1  # a higher rate is faster, a longer time slower
+        values = [seen[figure, name] for name in names]
+        ratios = [ratio(values[0], other, faster) for other in values[1:]]
+        of_limit = ratio(values[0], limits, 1) if faster > 0 else ""
+        rows.append([figure, *(f"{median(times):.3g}" for times in values), *ratios, of_limit])
+    lines = ["| " + " | ".join(row[: len(rows[0])]) + " |" for row in rows]
+    lines += ["", f"- the limit: {median(limits):.3g} tokens/s"]
+    for what, runs in {"whole command, 40 tokens": whole, "first load, converting": first}.items():
+        seconds, peak = (median(column) for column in zip(*runs, strict=True))
+        lines.append(f"- {what}: {seconds:.2f} s, peak memory {peak:.0f} MB")
+    lines.append(f"- the weights: {size / 1e6:.0f} MB; {rounds} rounds")
+    packages = [p for p in ("numpy", "torch", "transformers") if util.find_spec(p)]
+    versions = [f"{package} {metadata.version(package)}" for package in packages]
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
+    )
+    return "\n".join([*lines, f"- {', '.join([machine, *versions])}"])
+
+
+def ratio(ours, others, power):
+    """Compare round by round, since a machine's speed drifts; above 1, ours is faster."""
+    return f"{median((a / b) ** power for a, b in zip(ours, others, strict=True)):.2f}"
+
+
+def worker(*system):
+    """Start one process that holds one system, so that none disturbs the threads of another."""
+    return ProcessPoolExecutor(1, get_context("spawn"), start if system else None, system)
+
+
+def start(name, *model):
+    """Load a system into this process."""
+    global decode
+    decode = {"this repository": ours, "transformers": transformers}[name](*model)
+
+
+def ours(model_size, models_dir):
+    from gpt2 import generate
+
+    _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    return lambda ids, n: generate(ids, params, hparams["n_head"], n)
+
+
+def transformers(model_size, _):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(zip(("n_embd", "n_head", "n_layer"), SIZES[model_size], strict=True))
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+    @torch.inference_mode()
+    def decode(ids, n):
+        ids, past = torch.tensor([ids]), None
+        for _ in range(n):
+            output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            ids, past = output.logits.argmax(-1), output.past_key_values
+
+    return decode
+
+
+def timed(n_prompt, n_steps):
+    """Return tokens per second of the steps after the first, or the seconds of the first alone."""
+    times = []
+    for n in (1, 1 + n_steps):
+        begin = time.perf_counter()
+        decode(list(range(n_prompt)), n)
+        times.append(time.perf_counter() - begin)
+    return n_steps / (times[1] - times[0]) if n_steps else min(times)
+
+
+def read_speed():
+    """Return the bytes per second at which all processors together read memory."""
+    parts = np.array_split(np.ones(1 << 27, np.float32), os.cpu_count())
+    with ThreadPoolExecutor(len(parts)) as threads:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            list(threads.map(np.max, parts))
+            times.append(time.perf_counter() - begin)
+    return sum(part.nbytes for part in parts) / min(times)
+
+
+def command(*arguments):
+    """Run Python from the root; returns its seconds and its peak memory in MB."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise OSError(f"{arguments} failed")
+    # In kilobytes, but on macOS in bytes.
+    return time.perf_counter() - begin, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def write_model(folder, n_embd, n_head, n_layer):
+    """Write random weights, and a vocabulary of OpenAI's size, in OpenAI's layout."""
+    from conftest import write_checkpoint
+
+    from encoder import bytes_to_unicode
+
+    folder.mkdir()
+    characters = list(bytes_to_unicode().values())
+    merges = list(islice(product(characters, repeat=2), 50000))
+    tokens = [*characters, *map("".join, merges), "<|endoftext|>"]
+    encoder = {token: id for id, token in enumerate(tokens)}
+    (folder / "encoder.json").write_text(json.dumps(encoder), "utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / "vocab.bpe").write_text("\n".join(lines), "utf-8")
+    write_checkpoint(folder, len(tokens), 1024, n_embd, n_head, n_layer)
+
+
+if __name__ == "__main__":
+    command_line(main)
