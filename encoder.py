@@ -1,24 +1,44 @@
-"""GPT-2's byte-level byte-pair encoding."""
+"""GPT-2's byte-level byte-pair encoding: text to the ids of tokens, and back."""
 
 import heapq
 import json
 import os
+from itertools import pairwise
 
 import regex
 
-# One word with its leading space, one number, one run of signs, or white space; English endings apart.
+# No token reaches from one word into the next: a word is letters, digits or signs, and the space
+# before them; or white space, which leaves its last character to what follows.
 PATTERN = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 
 
 def bytes_to_unicode():
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    """Write each byte as a visible character: those of Latin-1 as they are, others from U+0100 on.
+
+    >>> "".join(bytes_to_unicode()[byte] for byte in "a café".encode("utf-8"))
+    'aĠcafÃ©'
+    """
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
 class Encoder:
+    """Encode with a vocabulary, token to id, and the pairs to merge into tokens, the first first.
+
+    >>> merges = [("l", "o"), ("lo", "w"), ("e", "r")]
+    >>> tokens = [*bytes_to_unicode().values(), *map("".join, merges)]
+    >>> toy = Encoder({token: id for id, token in enumerate(tokens)}, merges)
+    >>> toy.bpe("lower")
+    ['low', 'er']
+    >>> toy.encode("lower")
+    [257, 258]
+    >>> toy.decode([257, 258])
+    'lower'
+    """
+
     def __init__(self, encoder, bpe_merges):
         self.encoder = encoder
         self.decoder = {id: token for token, id in encoder.items()}
@@ -28,38 +48,48 @@ class Encoder:
         self.cache = {}
 
     def bpe(self, word):
-        parts = list(word)
-        before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
-        heap = []
+        """Merge neighbours in one word, each time the pair of lowest rank, as long as any has one.
 
-        def push(i, j):
-            if i >= 0 and j < len(parts) and (parts[i], parts[j]) in self.bpe_ranks:
-                heapq.heappush(heap, (self.bpe_ranks[parts[i], parts[j]], i, j, parts[i] + parts[j]))
-
-        for i in range(len(parts) - 1):
-            push(i, i + 1)
+        Ranks wait in a heap and neighbours are linked: a word of n bytes takes O(n log n) steps.
+        """
+        parts = [*word, None]  # a ring: None, between the last and the first, has no rank
+        before, after = [*range(-1, len(word))], [*range(1, len(word) + 1), 0]
+        ranks = self.bpe_ranks
+        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(word)) if pair in ranks]
+        heapq.heapify(heap)
         while heap:
-            _, i, j, merged = heapq.heappop(heap)
-            if parts[i] and parts[j] and after[i] == j and parts[i] + parts[j] == merged:
-                parts[i], parts[j] = merged, None
-                after[i] = after[j]
-                if after[i] < len(parts):
-                    before[after[i]] = i
-                push(before[i], i)
-                push(i, after[i])
+            rank, i = heapq.heappop(heap)
+            j = after[i]
+            if ranks.get((parts[i], parts[j])) != rank:
+                continue  # one of the two was merged with its other neighbour in the meantime
+            parts[i], parts[j] = parts[i] + parts[j], None
+            after[i], before[after[j]] = after[j], i
+            for k in (before[i], i):
+                if (pair := (parts[k], parts[after[k]])) in ranks:
+                    heapq.heappush(heap, (ranks[pair], k))
         return [part for part in parts if part]
 
     def encode(self, text):
-        ids = []
+        """Turn text into ids; raises ValueError for a lone surrogate, which has no UTF-8."""
+        lone = regex.search(r"[\ud800-\udfff]", text)
+        if lone:
+            raise ValueError(f"the text has a lone surrogate, {lone[0]!r} at {lone.start()}")
+        if len(self.cache) > 100_000:  # words: it is there to save time, not to fill the memory
+            self.cache = {}
+        ids, cache = [], self.cache
         for word in PATTERN.findall(text):
-            if word not in self.cache:
-                chars = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
-                self.cache[word] = [self.encoder[token] for token in self.bpe(chars)]
-            ids += self.cache[word]
+            if word not in cache:
+                chars = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
+                cache[word] = [self.encoder[token] for token in self.bpe(chars)]
+            ids += cache[word]
         return ids
 
     def decode(self, ids):
-        text = "".join(self.decoder[id] for id in ids)
+        """Turn ids into text, U+FFFD where a character is cut; raises ValueError for a false id."""
+        try:
+            text = "".join([self.decoder[id] for id in ids])
+        except KeyError as error:
+            raise ValueError(f"the vocabulary has no token with the id {error.args[0]}") from None
         return bytes(self.byte_decoder[char] for char in text).decode("utf-8", errors="replace")
 
 
