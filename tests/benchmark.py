@@ -20,13 +20,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
 from utils import command_line, load_encoder_hparams_and_params
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # n_embd, n_head, n_layer of OpenAI's release
     "124M": (768, 12, 12),
     "355M": (1024, 16, 24),
@@ -80,7 +80,7 @@ def table(model_size, models_dir, rounds):
         pool.shutdown()
     whole = [command("gpt2.py", "x", 40, model_size, models_dir) for _ in range(rounds)]
 
-    rows = [["", *names, *(f"× {name}" for name in names[1:]), "of the limit"], ["---"] * 5]
+    rows = [["", *names, *(f"times {name}" for name in names[1:]), "of the limit"], ["---"] * 5]
     for figure in FIGURES:
         faster = 1 if FIGURES[figure][1] else -1  # a higher rate is faster, a longer time slower
         values = [seen[figure, name] for name in names]
