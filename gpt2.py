@@ -118,13 +118,12 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     if not 1 <= len(inputs) <= n_total <= n_ctx:
         raise ValueError(f"the context is 1 to {n_ctx} tokens; prompt and text have {n_total}")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
-    ids, n_seen = list(inputs), 0
-    while len(ids) < n_total:
-        n_past, n_seen = n_seen, min(n_seen + 128, len(ids))
-        logits = gpt2(ids[n_past:n_seen], **params, n_head=n_head, cache=cache[:, :, :, :n_seen])
-        if n_seen == len(ids):
-            ids.append(int(np.argmax(logits[-1])))
-    return ids[len(inputs) :]
+    step, outputs = list(inputs), []
+    for n_seen in range(len(inputs), n_total):
+        logits = gpt2(step, **params, n_head=n_head, cache=cache[:, :, :, :n_seen])
+        step = [int(np.argmax(logits[-1]))]
+        outputs += step
+    return outputs
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"):

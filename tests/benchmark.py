@@ -64,6 +64,7 @@ def table(model_size, models_dir, rounds):
     converted = Path(models_dir, model_size, "params.f32")
     converted.unlink(missing_ok=True)
     first = [command("-c", LOAD, model_size, models_dir)]
+    os.sync()  # what is still on its way to the disk would disturb the rest
     size = converted.stat().st_size
     names = ["this repository"]
     if util.find_spec("torch") and util.find_spec("transformers"):
@@ -118,10 +119,23 @@ def start(name, *model):
 
 
 def ours(model_size, models_dir):
-    from gpt2 import generate
+    import gpt2
 
     _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    return lambda ids, n: generate(ids, params, hparams["n_head"], n)
+    step, marks = gpt2.gpt2, []
+
+    def marked(*args, **kwargs):
+        logits = step(*args, **kwargs)
+        marks.append(time.perf_counter())
+        return logits
+
+    def decode(ids, n):
+        marks[:] = [time.perf_counter()]
+        gpt2.generate(ids, params, hparams["n_head"], n)
+        return np.diff(marks)
+
+    gpt2.gpt2 = marked
+    return decode
 
 
 def transformers(model_size, _):
@@ -133,34 +147,34 @@ def transformers(model_size, _):
 
     @torch.inference_mode()
     def decode(ids, n):
-        ids, past = torch.tensor([ids]), None
+        ids, past, marks = torch.tensor([ids]), None, [time.perf_counter()]
         for _ in range(n):
             output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             ids, past = output.logits.argmax(-1), output.past_key_values
+            marks.append(time.perf_counter())
+        return np.diff(marks)
 
     return decode
 
 
 def timed(n_prompt, n_steps):
     """Return tokens per second of the steps after the first, or the seconds of the first alone."""
-    times = []
-    for n in (1, 1 + n_steps):
-        begin = time.perf_counter()
-        decode(list(range(n_prompt)), n)
-        times.append(time.perf_counter() - begin)
-    return n_steps / (times[1] - times[0]) if n_steps else min(times)
+    time.sleep(1)  # until the threads of the system before have gone to sleep
+    decode(list(range(8)), 40)  # and those of this one are awake
+    first, *steps = decode(list(range(n_prompt)), 1 + n_steps)
+    return n_steps / sum(steps) if n_steps else first
 
 
 def read_speed():
-    """Return the bytes per second at which all processors together read memory."""
+    """Return the bytes per second at which all processors together read memory, for a second."""
+    time.sleep(1)
     parts = np.array_split(np.ones(1 << 27, np.float32), os.cpu_count())
     with ThreadPoolExecutor(len(parts)) as threads:
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
+        begin, n_bytes = time.perf_counter(), 0
+        while time.perf_counter() < begin + 1:
             list(threads.map(np.max, parts))
-            times.append(time.perf_counter() - begin)
-    return sum(part.nbytes for part in parts) / min(times)
+            n_bytes += sum(part.nbytes for part in parts)
+        return n_bytes / (time.perf_counter() - begin)
 
 
 def command(*arguments):

@@ -89,13 +89,6 @@ def test_generate_gives_what_the_plain_loop_gives_up_to_the_last_position(small,
     assert all(type(id) is int for id in new)
 
 
-@pytest.mark.parametrize("n_prompt", [127, 128, 129, 256, 257, 299])
-def test_a_long_prompt_read_in_pieces_gives_what_it_gives_in_one(n_prompt):
-    hparams, params, _, ids = huggingface.random_model(40, 300, 12, 3, 2, n_seq=n_prompt)
-    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
-    assert generate(ids, params, hparams["n_head"], 1) == [logits[-1].argmax()]
-
-
 def test_a_cache_gives_the_last_logits_whatever_the_split(small):
     params, n_head, ids = small
     logits = gpt2.gpt2(ids, **params, n_head=n_head)
