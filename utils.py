@@ -371,7 +371,7 @@ def command_line(main):
         # Run last, so that a word too many stops it first; no prompt is the NUL, as "-" might be.
         arguments = [*sys.argv[1:], "--", "--separator=\0"]
         fire.Fire(plan, arguments, serialize=lambda planned: planned._run())
-    except (ValueError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,7 +1,7 @@
 """The command, `python gpt2.py "prompt"`, as typed in a shell, and what can go wrong there."""
 
 import os
-import signal
+import shlex
 import subprocess
 import sys
 
@@ -97,12 +97,20 @@ def test_help_reads_well(run):
     assert "GROUP" not in page
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_ends_quietly_with_status_130():
-    code = (
-        "import os, signal, utils; utils.command_line(lambda: os.kill(os.getpid(), signal.SIGINT))"
-    )
-    if os.name == "nt":
-        pytest.skip("Windows has no SIGINT to send to one process")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = "import os, utils; utils.command_line(lambda: os.kill(os.getpid(), 2))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
+def test_the_readmes_first_block_ends_with_verse(run):
+    blocks = (ROOT / "README.md").read_text("utf-8").split("```sh\n")[1:]
+    python, *arguments = shlex.split(blocks[0].split("```")[0].splitlines()[-1])
+    assert python == "python"
+    assert "\nIt is the east, and Juliet is the sun.\n" in run(code=arguments).stdout
+
+
+def test_the_readmes_second_block_installs_and_runs_the_tests():
+    blocks = (ROOT / "README.md").read_text("utf-8").split("```sh\n")[1:]
+    assert blocks[1].split("```")[0] == "pip install -r tests/requirements.txt\npytest\n"

@@ -23,6 +23,7 @@ import utils
 
 PROMPT = "Alan Turing theorized that computers would one day become"
 DATA, INDEX = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
+posix = pytest.mark.skipif(os.name == "nt", reason="needs the signals, limits or users of POSIX")
 PAGES = {
     "a web page": b"<!DOCTYPE html>\n<html>Please log in</html>",
     "Azure's XML": b'\xef\xbb\xbf<?xml version="1.0"?><Error><Code>ServerBusy</Code></Error>',
@@ -256,6 +257,7 @@ tqdm.tqdm = Bar
 """
 
 
+@posix
 def test_a_process_killed_in_a_download_loses_nothing(server, tmp_path, right, child):
     size = (BUNDLED / DATA).stat().st_size
     half = size // 2 >> 16 << 16
@@ -266,6 +268,7 @@ def test_a_process_killed_in_a_download_loses_nothing(server, tmp_path, right, c
     assert sent(server) == ([None, f"bytes={half}-"], size)
 
 
+@posix
 def test_a_process_killed_in_the_conversion_leaves_the_checkpoint(folder, right, child):
     (folder / "params.f32").unlink()
     assert child(KILL.format(name="converting", n=20)).returncode == -signal.SIGKILL
@@ -297,6 +300,7 @@ def disk_of(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@posix
 def test_a_full_disk_stops_a_download_that_then_goes_on(server, tmp_path, right):
     with disk_of(3 << 19), pytest.raises(OSError, match=r"\.part: .*File too large"):
         text(tmp_path)
@@ -305,6 +309,7 @@ def test_a_full_disk_stops_a_download_that_then_goes_on(server, tmp_path, right)
     assert sent(server)[0] == [None, f"bytes={3 << 19}-"]
 
 
+@posix
 def test_a_full_disk_costs_only_the_converted_file(folder, right, capsys):
     (folder / "params.f32").unlink()
     with disk_of(3 << 19):
@@ -314,6 +319,7 @@ def test_a_full_disk_costs_only_the_converted_file(folder, right, capsys):
     assert text(folder.parent) == right and whole(folder.parent)
 
 
+@posix
 def test_a_read_only_folder_still_runs(folder, right, capsys):
     import tensorflow  # noqa: F401 (while its files can be read)
 

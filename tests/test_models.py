@@ -23,7 +23,7 @@ RECITED = {  # Shakespeare's lines, and how he goes on
     "JULIET:\nWhat's in a name?": (
         " that which we call a rose\nBy any other name would smell as sweet;"
     ),
-    "": "SAMPSON:\nGregory, o' my word, we'll not carry coals.",
+    "": "\nSAMPSON:\nGregory, o' my word, we'll not carry coals.",
 }
 
 
@@ -81,9 +81,9 @@ def test_it_recites_from_95_speeches_and_80_lines_of_100(train):
 def test_any_text_trains_another_model(train, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text("One fish, two fish, red fish, blue fish.\n" * 40, "utf-8")
-    assert "of 100" in train.main(text, tmp_path / "fish", steps=30)
+    assert " of " in train.main(text, tmp_path / "fish", steps=12)
     assert "loss=" in capfd.readouterr().err
-    assert "fish" in main("One", 10, "fish", str(tmp_path))
+    assert "fish" in main("One fish, two", 10, "fish", str(tmp_path))
 
 
 @pytest.mark.parametrize(
