@@ -1,7 +1,7 @@
 """GPT-2 in sixty lines of NumPy, to read beside the tutorial "GPT in 60 Lines of NumPy".
 
 Parameters are nested dicts of arrays, named as in OpenAI's checkpoints, so that `**` hands each
-layer its own. Every function needs NumPy and the functions it names, and nothing else; with
+layer its own. Every function but `main` needs only NumPy and the functions it names; with
 `import jax.numpy as np` in place of the next import, the same lines run, and train, on JAX.
 """
 
@@ -21,7 +21,7 @@ def gelu(x):
 
 
 def softmax(x):
-    """Turn scores `[..., n]` into probabilities `[..., n]`; less the largest, none overflows.
+    """Turn scores `[..., n]` into probabilities `[..., n]`; less the largest, no score overflows.
 
     >>> softmax(np.array([[1000.0, 1000.0], [0.0, -1e10]]))
     array([[0.5, 0.5],
@@ -32,9 +32,9 @@ def softmax(x):
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Bring each row of `x` `[..., n_embd]` to mean 0, variance 1, then to gain `g` and bias `b`.
+    """Scale each row of `x` `[..., n_embd]` to mean 0 and variance 1; multiply by `g`, add `b`.
 
-    OpenAI's 1e-5 keeps a row of equal numbers from a division by zero.
+    `eps`, 1e-5 in OpenAI's code, keeps a row of equal numbers from a division by zero.
 
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), g=np.ones(3), b=np.zeros(3)).round(3)
     array([[-1.225,  0.   ,  1.225]])
@@ -54,26 +54,28 @@ def ffn(x, c_fc, c_proj):
 
 
 def attention(q, k, v, mask):
-    """Average the values `v` `[..., n_k, d]` for each query, by how well its key matches.
+    """Average the values for each query, weighted by how well each value's key matches the query.
 
-    Queries are `[..., n_q, d]`, keys `[..., n_k, d]`, and the mask `[n_q, n_k]` is added to the
-    scores; the result is `[..., n_q, d]`.
+    Queries `q` are `[..., n_q, d]`, keys `k` and values `v` `[..., n_k, d]`; the mask `[n_q, n_k]`
+    is added to the scores, and the result is `[..., n_q, d]`.
     """
-    return softmax(q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2) + mask) @ v
+    return softmax((q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask) @ v
 
 
 def mha(x, c_attn, c_proj, n_head, kv=None):
-    """Let each position attend to itself and those before it: `[n_seq, n_embd]`, all heads at once.
+    """Let each position attend to itself and those before it, in all heads at once.
 
-    `kv` `[2, n_head, n_past + n_seq, d]` holds the keys and values of `n_past` earlier positions;
+    `x` and the result are `[n_seq, n_embd]`; a head has `d = n_embd / n_head` of the columns. `kv`
+    `[2, n_head, n_past + n_seq, d]` holds the keys and values of `n_past` earlier positions, and
     those of `x` are written to its end.
     """
     n_seq = len(x)
+    # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> three times [n_head, n_seq, d]
     q, k, v = linear(x, **c_attn).reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)
     if kv is not None:
         kv[0, :, -n_seq:], kv[1, :, -n_seq:] = k, v
         k, v = kv
-    # As in OpenAI's code, a later position's score falls by 1e10, and its probability to 0.
+    # [n_seq, n_past + n_seq]: 1e10, as in OpenAI's code, makes a later position's probability 0.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(x.shape), **c_proj)
@@ -86,10 +88,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
-    """Score every token as the next one, after each of the ids `inputs`: logits `[n_seq, n_vocab]`.
+    """Return logits `[n_seq, n_vocab]`: how likely, after each of the ids `inputs`, each token is.
 
     With a cache `[n_layer, 2, n_head, n_past + n_seq, d]`, filled up to `n_past`, `inputs` go on
-    from there, and only the logits of the last one `[1, n_vocab]` come back.
+    from there, and only the last position's logits `[1, n_vocab]` come back.
     """
     n_past = 0 if cache is None else cache.shape[3] - len(inputs)
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
@@ -106,17 +108,19 @@ def whole_number(n):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
-    """Return the ids of the likeliest next tokens, one after the other, after the ids `inputs`.
+    """Continue the ids `inputs` greedily: return the ids of the likeliest tokens, one by one.
 
     The first step reads the prompt, each later one a single token: the cache keeps what attention
-    needs of those before. Raises ValueError if all do not fit into the context, `n_ctx`.
+    needs of those before. Raises ValueError if there is no prompt, or if prompt and new tokens
+    together do not fit into the context, `n_ctx`.
     """
-    from numpy import empty  # also on JAX, whose own arrays cannot be written to
+    from numpy import empty  # NumPy's even on JAX, whose arrays cannot be written to
 
     n_ctx, n_embd = params["wpe"].shape
     n_total = len(inputs) + whole_number(n_tokens_to_generate)
     if not 1 <= len(inputs) <= n_total <= n_ctx:
-        raise ValueError(f"the context is 1 to {n_ctx} tokens; prompt and text have {n_total}")
+        fault = f"{len(inputs)} tokens of prompt, {n_total} with the new ones"
+        raise ValueError(f"{fault}: the context takes 1 to {n_ctx}, so shorten one or the other")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
     step, outputs = list(inputs), []
     for n_seen in range(len(inputs), n_total):
@@ -130,14 +134,14 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """Continue a prompt with GPT-2's likeliest tokens.
 
     Args:
-        prompt: the text to go on from; "" starts anew, --prompt="-x" is one with a dash
+        prompt: the text to go on from; "" starts a new one; before a dash write --prompt="-..."
         n_tokens_to_generate: how many tokens to add, of about four letters each
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: where models are, and where a published one is downloaded to
     """
     from utils import load_encoder_hparams_and_params
 
-    n_tokens_to_generate = whole_number(n_tokens_to_generate)
+    n_tokens_to_generate = whole_number(n_tokens_to_generate)  # before any download
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
     return encoder.decode(generate(inputs, params, hparams["n_head"], n_tokens_to_generate))

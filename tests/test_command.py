@@ -48,8 +48,11 @@ def test_an_empty_prompt_starts_from_endoftext(run, bundled):
             "must be a whole number, 0 or more, not 'forty'",
         ),
         (["x", "--n_tokens_to_generate", "1.5"], "must be a whole number, 0 or more, not '1.5'"),
-        (["x", "--model_size", "1M", "--n_tokens_to_generate", "256"], "1 to 256 tokens"),
-        (["x " * 300, "--model_size", "1M"], "1 to 256 tokens"),
+        (
+            ["x", "--model_size", "1M", "--n_tokens_to_generate", "256"],
+            "the context takes 1 to 256",
+        ),
+        (["x " * 300, "--model_size", "1M"], "the context takes 1 to 256"),
         (["x", "--model_size", "117M"], "must be 124M, 355M, 774M, 1558M, or"),
         (["x", "--model_size", "../models/1M"], "must be 124M, 355M, 774M, 1558M, or"),
         ([b"\xff", "--model_size", "1M"], "surrogate"),
