@@ -248,7 +248,6 @@ def download_gpt2_files(model_size, model_dir):
     if model_size not in SIZES:
         raise ValueError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
     base_url = os.environ.get("GPT2_BASE_URL", BASE_URL).rstrip("/")
-    os.makedirs(model_dir, exist_ok=True)
     fetched = []
     with alone(model_dir):
         for name, sha256 in FILES.items():
@@ -272,8 +271,9 @@ def fetch(url, path, sha256):
         except requests.RequestException as error:
             status = 500 if error.response is None else error.response.status_code
             if pause is None or status < 500 or isinstance(error, ValueError):
+                cause = getattr((*error.args, error)[0], "reason", error)
                 advice = "Run again to go on from there; --model_size 1M needs no network."
-                raise OSError(f"{url} did not arrive: {error}\n{advice}") from None
+                raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
         except OSError as error:
             raise OSError(
                 f"{part}: {error}\nMend that, and run again to go on from there."
@@ -331,6 +331,7 @@ def alone(folder):
     """Keep other processes out of `folder`; the system frees a lock when its owner ends or dies."""
     path = os.path.join(folder, ".lock")
     while True:
+        os.makedirs(folder, exist_ok=True)
         with open(path, "w") as file:
             lock(file)
             if not os.fstat(file.fileno()).st_nlink:
@@ -340,6 +341,7 @@ def alone(folder):
             finally:
                 with contextlib.suppress(OSError):  # Windows keeps a file that others have open
                     os.remove(path)
+                    os.rmdir(folder)  # if nothing has come into it
             return
 
 

@@ -137,7 +137,7 @@ def text(models_dir):
 
 def final(folder):
     """The files under a final name, each of which must be complete."""
-    names = {name for name in os.listdir(folder) if name != ".lock" and not name.endswith(".part")}
+    names = {path.name for path in folder.glob("*") if path.suffix != ".part"} - {".lock"}
     for name in names:
         assert (folder / name).read_bytes() == (BUNDLED / name).read_bytes()
     return names
