@@ -192,9 +192,8 @@ def open_converted(converted, hparams, changed=None):
         params = build_params(hparams, view)
     except (FileNotFoundError, ValueError):  # ValueError: empty, or too short for one of the views
         return None
-    return (
-        params if end == flat.size and changed in (None, os.stat(converted).st_mtime_ns) else None
-    )
+    same = end == flat.size and changed in (None, os.stat(converted).st_mtime_ns)
+    return params if same else None
 
 
 def memory_order(name):
@@ -247,7 +246,7 @@ def download_gpt2_files(model_size, model_dir):
     """
     if model_size not in SIZES:
         raise ValueError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
-    base_url = os.environ.get("GPT2_BASE_URL", BASE_URL).rstrip("/")
+    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     fetched = []
     with alone(model_dir):
         for name, sha256 in FILES.items():
@@ -298,7 +297,8 @@ def receive(url, part, sha256):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if response.status_code == 416 or (response.status_code == 206 and not resumed):
-            os.remove(part)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(part)
             raise requests.ConnectionError("the server cannot go on where the last one stopped")
         response.raise_for_status()
         start = start if resumed else 0
