@@ -134,7 +134,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """Continue a prompt with GPT-2's likeliest tokens.
 
     Args:
-        prompt: the text to go on from; "" starts a new one; before a dash write --prompt="-..."
+        prompt: the text to go on from, "" for a new one; if it begins with a dash, --prompt="-..."
         n_tokens_to_generate: how many tokens to add, of about four letters each
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: where models are, and where a published one is downloaded to

@@ -51,10 +51,12 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     inside = os.path.basename(model_size) == model_size and model_size not in ("", ".", "..")
     if model_size not in SIZES and not (inside and os.path.isdir(model_dir)):
         raise ValueError(
-            f"model_size must be {', '.join(SIZES)}, or the name of a folder in {models_dir} "
-            f"that holds a checkpoint, not {model_size!r}"
+            f"model_size must be {', '.join(SIZES)}, or the name of a folder with a checkpoint in "
+            f"{os.path.abspath(models_dir)}, not {model_size!r}"
         )
-    remedy = f"Put back the file that came with the model (git checkout {model_dir}, if git did)."
+    remedy = (
+        "Put back the file that came with the model; `git checkout models/1M` does for that one."
+    )
     if model_size in SIZES:
         remedy = "Delete the file and run again: it will be downloaded anew."
     while True:
@@ -134,28 +136,29 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
     """
     for quiet in {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}.items():
         os.environ.setdefault(*quiet)
-    import tensorflow as tf
     from tqdm import tqdm
 
     n_layer = hparams["n_layer"]
-    try:
-        checkpoint = tf.train.load_checkpoint(tf_ckpt_path)
-        shapes = checkpoint.get_variable_to_shape_map()
-        if f"model/h{n_layer}/ln_1/g" in shapes:
-            raise ValueError(f"more layers than n_layer in hparams.json, {n_layer}")
-        with tqdm(desc="converting", total=4 + 12 * n_layer, unit=" tensors") as bar:
+    # The bar comes first, since TensorFlow, when it is imported, takes its time.
+    with tqdm(desc="converting", total=4 + 12 * n_layer, unit=" tensors") as bar:
+        import tensorflow as tf
 
-            def read(name, *shape):
-                bar.update()
-                found = shapes.get(f"model/{name}", "missing")
-                if found not in ([*shape], [1, *shape]):
-                    raise ValueError(f"model/{name} is {found}, but hparams.json says {[*shape]}")
-                tensor = checkpoint.get_tensor(f"model/{name}").reshape(shape)
-                return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
+        def read(name, *shape):
+            bar.update()
+            found = shapes.get(f"model/{name}", "missing")
+            if found not in ([*shape], [1, *shape]):
+                raise ValueError(f"model/{name} is {found}, but hparams.json says {[*shape]}")
+            tensor = checkpoint.get_tensor(f"model/{name}").reshape(shape)
+            return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
 
+        try:
+            checkpoint = tf.train.load_checkpoint(tf_ckpt_path)
+            shapes = checkpoint.get_variable_to_shape_map()
+            if f"model/h{n_layer}/ln_1/g" in shapes:
+                raise ValueError(f"more layers than n_layer in hparams.json, {n_layer}")
             return build_params(hparams, read)
-    except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{tf_ckpt_path}.*: {str(error).splitlines()[0]}") from None
+        except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{tf_ckpt_path}.*: {str(error).splitlines()[0]}") from None
 
 
 def convert(tf_ckpt_path, hparams, converted, changed):
@@ -271,7 +274,7 @@ def fetch(url, path, sha256):
             status = 500 if error.response is None else error.response.status_code
             if pause is None or status < 500 or isinstance(error, ValueError):
                 cause = getattr((*error.args, error)[0], "reason", error)
-                advice = "Run again to go on from there; --model_size 1M needs no network."
+                advice = "Run again to go on from what came; --model_size 1M needs no network."
                 raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
         except OSError as error:
             raise OSError(
@@ -373,7 +376,11 @@ def command_line(main):
         # Run last, so that a word too many stops it first; no prompt is the NUL, as "-" might be.
         arguments = [*sys.argv[1:], "--", "--separator=\0"]
         fire.Fire(plan, arguments, serialize=lambda planned: planned._run())
-    except (ImportError, OSError, ValueError) as error:
+    except ImportError as error:
+        sys.exit(f"{error}: pip install -r requirements.txt")
+    except BrokenPipeError:  # whoever reads has enough, as `head` may
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit(130)

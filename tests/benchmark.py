@@ -49,6 +49,8 @@ def main(model_size="124M", models_dir=None, rounds=5):
         models_dir: where that model is; without it, random weights are written for the time being
         rounds: how often each figure is measured, all systems in turn
     """
+    if model_size not in SIZES:
+        raise ValueError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
     if not (util.find_spec("torch") and util.find_spec("transformers")):
         print("To have transformers in the table: pip install torch transformers", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:

@@ -109,6 +109,14 @@ def test_ctrl_c_ends_quietly_with_status_130():
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the shell's pipe is that of POSIX")
+def test_a_reader_who_has_enough_ends_the_command_quietly():
+    code = "import utils; utils.command_line(lambda: 'word ' * 100_000)"
+    command = f"{shlex.join([sys.executable, '-c', code])} | head -c 5"
+    result = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, timeout=60)
+    assert (result.stdout, result.stderr) == (b"word ", b"")
+
+
 def test_the_readmes_first_block_ends_with_verse(run):
     blocks = (ROOT / "README.md").read_text("utf-8").split("```sh\n")[1:]
     python, *arguments = shlex.split(blocks[0].split("```")[0].splitlines()[-1])

@@ -80,7 +80,8 @@ def test_it_recites_from_95_speeches_and_80_lines_of_100(train):
 
 def test_any_text_trains_another_model(train, tmp_path, capfd):
     text = tmp_path / "text.txt"
-    text.write_text("One fish, two fish, red fish, blue fish.\n" * 40, "utf-8")
+    fish = "One fish, two fish, red fish, blue fish."
+    text.write_text(f"{fish}\n" * 40 + fish * 40, "utf-8")  # and a line longer than the context
     assert " of " in train.main(text, tmp_path / "fish", steps=12)
     assert "loss=" in capfd.readouterr().err
     assert "fish" in main("One fish, two", 10, "fish", str(tmp_path))

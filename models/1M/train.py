@@ -1,9 +1,9 @@
 """Train a small GPT-2 on one text, with the functions of `gpt2.py` on JAX in place of NumPy.
 
     pip install -r models/1M/requirements.txt
-    python models/1M/train.py romeo_and_juliet.txt
+    python models/1M/train.py romeo_and_juliet.txt models/1M
 
-The model beside this file is replaced at the end, and recites; with `--steps 0`, it only recites.
+The model recites at the end; with `--steps 0`, one that is there does that only.
 """
 
 import json
@@ -25,15 +25,16 @@ from gpt2 import generate  # noqa: E402
 from utils import build_params, command_line, load_encoder_hparams_and_params  # noqa: E402
 
 
-def main(text_path, model_dir=HERE, steps=4000):
+def main(text_path, model_dir, steps=4000):
     """Learn a vocabulary and a model from a plain text file, in the layout of OpenAI's release.
 
     Args:
         text_path: the text, in UTF-8, longer than one context of 256 tokens
-        model_dir: where the model goes; one that is there stays until the new one is complete
+        model_dir: the folder of the model; the one in it is replaced when the new one is complete
         steps: how many batches of about 4,000 tokens to learn from
     """
     text, model_dir = read_text(text_path), Path(model_dir).resolve()
+    model_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_dir.parent) as folder:
         if int(steps):
             learn(text, folder, int(steps))
@@ -145,10 +146,12 @@ def recite(text, model_dir):
     encoder, hparams, params = load_encoder_hparams_and_params(model_dir.name, model_dir.parent)
     ids = encoder.encode(text)
     ends = [-1, *(i for i, id in enumerate(ids) if encoder.decoder[id] == "Ċ")]
-    lines = [(end + 1, next_end) for end, next_end in pairwise(ends)]
+    lines, n_ctx = [(end + 1, next_end) for end, next_end in pairwise(ends)], hparams["n_ctx"]
 
     def known(prompts):
-        prompts = [(start, end) for start, end in prompts if end + 40 <= len(ids)]
+        prompts = [
+            (start, end) for start, end in prompts if end + 40 <= min(len(ids), start + n_ctx)
+        ]
         chosen = np.random.default_rng(0).permutation(prompts)[:100]
         new = [generate(ids[start:end], params, hparams["n_head"], 40) for start, end in chosen]
         right = sum(new == ids[end : end + 40] for new, (_, end) in zip(new, chosen, strict=True))
