@@ -1,0 +1,522 @@
+"""Train a GPT-2 on a text of your own, from nothing or from the weights of another model.
+
+    pip install -r examples/requirements.txt
+    python examples/train.py my.txt models/mine                        # learns the text by heart
+    python examples/train.py my.txt models/mine --start models/124M    # teaches GPT-2 its manner
+
+The model is `gpt2` of `gpt2.py` with JAX in NumPy's place; JAX and optax do the rest. Told in
+order: the data, the model, the step, the loop, how a model is saved, and what it knows by heart.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import regex  # noqa: E402
+
+from encoder import PATTERN, Encoder, bytes_to_unicode, read_text  # noqa: E402
+from gpt2 import gpt2  # noqa: E402
+from utils import (  # noqa: E402
+    build_params,
+    command_line,
+    huggingface_name,
+    load_encoder_hparams_and_params,
+)
+
+SIZES = {"n_ctx": 256, "n_embd": 160, "n_head": 4, "n_layer": 4}  # of a model from nothing
+FROM_NOTHING = {"steps": 12000, "batch": 48, "length": 40, "lr": 0.02}
+FROM_START = {"steps": 200, "batch": 4, "length": 128, "lr": 1e-4}
+# Where windows begin: short ones where a prompt may, long ones where a text does.
+SHORT = {"line": 0.2, "clause": 0.15, "word": 0.45, "typed": 0.2}
+LONG = {"line": 0.9, "text": 0.1}
+# What it is asked in the end: where prompts begin, how many tokens they have at least, how many
+# are to follow, and how the prompt is typed.
+EXAM = {
+    "40 tokens or more from the start of a speech": ("speech", 40, 40, None),
+    "a line of 8 tokens or more": ("line", 8, 40, None),
+    "5 tokens or more from the start of a clause": ("clause", 5, 16, None),
+    "6 tokens or more from any word on": ("word", 6, 16, None),
+    "a line of 8 tokens or more in small letters": ("line", 8, 16, 0),
+    "a line of 8 tokens or more without punctuation": ("line", 8, 16, 1),
+    "a line of 8 tokens or more without either": ("line", 8, 16, 2),
+}
+
+
+def main(
+    text_path,
+    model_dir,
+    start=None,
+    steps=None,
+    batch=None,
+    length=None,
+    lr=None,
+    coordinator_address=None,
+    num_processes=None,
+    process_id=None,
+):
+    """Train a model on a plain text, and write it in the layout of Hugging Face.
+
+    Args:
+        text_path: the text, in UTF-8
+        model_dir: the folder of the model; the one in it stays until the new one is complete
+        start: the folder of a model to go on from; without it, one begins from nothing
+        steps: how many batches to learn from, 12000, or 200 with --start; 0 trains nothing, and
+            counts how much of the text the model in model_dir knows by heart
+        batch: how many windows of the text make a batch, 48, or 4 with --start
+        length: how many tokens a window has, 40 (in a batch of 7, 256), or 128 with --start
+        lr: the highest learning rate, 0.02, or 0.0001 with --start
+        coordinator_address: the host and port of process 0, where several train together; "auto"
+            leaves it and the next two to JAX, which knows Slurm, MPI and Kubernetes
+        num_processes: how many processes there are
+        process_id: which of them this one is, from 0 on
+    """
+    given = {"steps": steps, "batch": batch, "length": length, "lr": lr}
+    options = FROM_START if start else FROM_NOTHING
+    options = options | {name: value for name, value in given.items() if value is not None}
+    options = {name: number(name, value) for name, value in options.items()}
+    text, model_dir = read_text(text_path), Path(model_dir).resolve()
+    if not options["steps"]:
+        return recite(text, model_dir)
+    writes = join(coordinator_address, num_processes, process_id)
+    with stoppable() as signals, progress("Reading", writes) as bar:
+        course = from_start(text, start, **options) if start else from_nothing(text, **options)
+        if writes:
+            expect_room(model_dir, course.params)
+        report, signum = train(course, options["steps"], signals, bar)
+        if writes and report:
+            bar.set_description_str(f"Saving {model_dir}")
+            save(course, model_dir)
+    if signum and writes:
+        report = f"{model_dir} has what was learnt until then. {report}"
+        print("Stopped.", report or "Nothing was learnt yet, and nothing is written.")
+    if signum:
+        sys.exit(128 + signum)
+    if writes:
+        return report if start else f"{report}\n{recite(text, model_dir)}"
+
+
+def number(name, value):
+    """Read the value of an option; raises ValueError for one that makes no sense."""
+    kind, least = (float, 0) if name == "lr" else (int, 0 if name == "steps" else 1)
+    with contextlib.suppress(ValueError):
+        if least <= kind(value) < float("inf"):
+            return kind(value)
+    raise ValueError(
+        f"--{name} must be a {'whole ' * (kind is int)}number, {least} or more, not {value!r}"
+    )
+
+
+def from_nothing(text, steps, batch, length, lr):
+    """Plan a small model with a vocabulary of its own, that is to know all of `text` by heart."""
+    import jax
+    import optax
+
+    encoder, random = learn_vocabulary(text), np.random.default_rng(0)
+    hparams = {"n_vocab": len(encoder.encoder), **SIZES}
+    prompts, n_ctx = Prompts(text, encoder), hparams["n_ctx"]
+    check_lengths(len(prompts.ids), "the text", length, n_ctx, n_ctx)
+
+    def first(name, *shape):
+        if name.endswith(("/g", "/b")):
+            return np.full(shape, name.endswith("/g"), np.float32)
+        return random.normal(0, 0.02, shape).astype(np.float32)
+
+    def draw():
+        # Mostly short windows: a long one shows a short context, the harder kind, only once.
+        if random.random() < 0.85:
+            return prompts.batch(random, SHORT, batch, length)
+        return prompts.batch(random, LONG, round(batch * length / n_ctx) or 1, n_ctx)
+
+    def matrices(params):  # Muon is for matrices that multiply, Adam for the rest
+        keys = jax.tree_util.tree_map_with_path(lambda path, leaf: path[0].key, params)
+        chosen = optax.contrib.MuonDimensionNumbers()
+        return jax.tree.map(
+            lambda key, leaf: chosen if key == "blocks" and leaf.ndim == 2 else None, keys, params
+        )
+
+    def rate(peak):
+        return optax.warmup_cosine_decay_schedule(0, peak, steps // 30, steps)
+
+    optimizer = optax.contrib.muon(
+        rate(lr), adam_learning_rate=rate(lr / 2), muon_weight_dimension_numbers=matrices
+    )
+    return SimpleNamespace(
+        encoder=encoder,
+        hparams=hparams,
+        params=build_params(hparams, first),
+        draw=draw,
+        optimizer=optimizer,
+        held_out=[],
+    )
+
+
+def from_start(text, start, steps, batch, length, lr):
+    """Plan to go on from the model in `start`, with its vocabulary, on all but the text's end."""
+    import optax
+
+    start = Path(start).resolve()
+    encoder, hparams, params = load_encoder_hparams_and_params(start.name, start.parent)
+    ids, random = np.array(encoder.encode(text), np.int32), np.random.default_rng(0)
+    ids, rest = np.split(ids, [len(ids) - len(ids) // 20])
+    check_lengths(len(rest), "the text's last twentieth", length, length, hparams["n_ctx"])
+
+    def windows(ids, starts):
+        return ids[starts[:, None] + np.arange(length + 1)], np.zeros(len(starts), np.int32)
+
+    def draw():
+        return windows(ids, random.integers(len(ids) - length, size=batch))
+
+    places = np.linspace(0, len(rest) - length - 1, min(16, len(rest) // length), dtype=int)
+    rate = optax.warmup_cosine_decay_schedule(0, lr, steps // 10, steps)
+    return SimpleNamespace(
+        encoder=encoder,
+        hparams=hparams,
+        params=params,
+        draw=draw,
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate)),
+        held_out=[windows(rest, some) for some in np.array_split(places, -(-len(places) // batch))],
+    )
+
+
+def check_lengths(n_tokens, name, length, least, n_ctx):
+    """Raise ValueError where the text has no whole window, or a window does not fit the context."""
+    if n_tokens <= least:
+        raise ValueError(f"{name} has {n_tokens} tokens: more than {least}, please")
+    if length > n_ctx:
+        raise ValueError(f"--length must be {n_ctx}, the context of the model, or less")
+
+
+def learn_vocabulary(text):
+    """Learn a byte-level BPE of at most 1,024 tokens, the last of which is <|endoftext|>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    alphabet = byte_level.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1023, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return Encoder(tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"]["merges"])
+
+
+class Prompts:
+    """The places of a text where a prompt may begin, and how the text goes on from there.
+
+    A prompt is encoded from its first character on, as a user types it: a word from the middle of
+    a line, which has a space before it in the text, is another token without it.
+    """
+
+    def __init__(self, text, encoder):
+        self.text, self.encoder = text, encoder
+        self.ids, self.n_ids = [encoder.encoder["<|endoftext|>"]], {0: 1}  # up to a character
+        for piece in regex.finditer(PATTERN, text):
+            self.ids += encoder.encode(piece[0])
+            self.n_ids[piece.end()] = len(self.ids)
+        self.ids = np.array(self.ids)
+        self.places = {"line": [], "clause": [], "word": [], "typed": []}
+        for word in regex.finditer(r"\S+", text):
+            start, end = word.span()
+            self.places["word"].append((start, end))
+            if start == 0 or text[start - 1] == "\n":
+                line, n_words = start, 0
+                self.places["line"].append((start, end))
+            elif regex.search("[,;:.!?] $", text[start - 2 : start]):
+                self.places["clause"].append((start, end))
+            n_words += 1
+            if 4 <= n_words <= 20:
+                self.places["typed"].append((line, end))
+
+    def batch(self, random, shares, size, length):
+        """Draw windows `[size, length + 1]`, and how many ids of each are typed, not the text's."""
+        rows = [self.window(random, shares, length) for _ in range(size)]
+        return tuple(np.array(column, np.int32) for column in zip(*rows, strict=True))
+
+    def window(self, random, shares, length):
+        """Draw a window: the ids of its first word or typed words, then those of the text."""
+        kind, prompt, n_past, n_typed = random.choice([*shares], p=[*shares.values()]), [], 0, 0
+        if kind != "text":
+            places = self.places[kind] or self.places["word"]
+            start, end = places[random.integers(len(places))]
+            words = self.text[start:end]
+            if kind == "typed":
+                words, end = self.typed(start, end, random.integers(4))
+            prompt, n_past = self.encoder.encode(words), self.n_ids[end]
+            n_typed = len(prompt) if kind == "typed" else 0
+        rest = self.ids.take(range(n_past, n_past + length + 1), mode="wrap")
+        return [*prompt, *rest][: length + 1], n_typed
+
+    def typed(self, start, end, manner):
+        """Change words to how people type them: 0 in small letters, 1 without punctuation, 2 both,
+        3 both and without apostrophes; returns them, and where in the text they now end.
+        """
+        if manner:
+            letters = regex.search(r"(?s).*[\p{L}\p{N}]", self.text[start:end])
+            end = start + letters.end() if letters else end
+        words = self.text[start:end]
+        words = words if manner == 1 else words.lower()
+        if manner:
+            signs = r"[^\p{L}\p{N}\s]" if manner == 3 else r"[^\p{L}\p{N}\s']"
+            words = regex.sub(" +", " ", regex.sub(signs, "", words))
+        return words, end
+
+
+def gpt2_on_jax():
+    """Return `gpt2` of `gpt2.py`, whose one import is swapped."""
+    source, module = read_text(ROOT / "gpt2.py"), ModuleType("gpt2_on_jax")
+    exec(source.replace("import numpy as np", "import jax.numpy as np"), vars(module))
+    return module.gpt2
+
+
+def make_loss(n_head):
+    """Return the mean surprise at the tokens of a batch, those that were typed aside."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    gpt2 = gpt2_on_jax()
+
+    def loss(params, windows, n_typed):
+        model = jax.vmap(lambda inputs: gpt2(inputs, **params, n_head=n_head))
+        targets = windows[:, 1:]
+        surprise = optax.softmax_cross_entropy_with_integer_labels(model(windows[:, :-1]), targets)
+        learnt = jnp.arange(1, windows.shape[1]) >= n_typed[:, None]
+        return (surprise * learnt).sum() / jnp.maximum(learnt.sum(), 1)
+
+    return loss
+
+
+def train(course, steps, signals, bar):
+    """Take the steps, each batch split over all devices of all processes; leave `course.params`.
+
+    Returns what to report of the losses, "" before the first step, and the signal that stopped it.
+    """
+    import jax
+    import optax
+    from jax.experimental.multihost_utils import process_allgather
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    split, everywhere = (
+        NamedSharding(mesh, PartitionSpec("batch")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+
+    def place(tree, sharding):  # copies: what is donated below must not be the file of the start
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: np.array(x[at])),
+            tree,
+        )
+
+    def whole(windows, n_typed):
+        """Add windows of which nothing is learnt, until the devices divide the batch."""
+        missing = -len(windows) % mesh.size
+        n_typed = np.pad(n_typed, (0, missing), constant_values=windows.shape[1])
+        return place((np.pad(windows, ((0, missing), (0, 0))), n_typed), split)
+
+    def step(params, state, windows, n_typed):
+        value, gradients = jax.value_and_grad(loss)(params, windows, n_typed)
+        updates, state = course.optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    def measure():
+        bar.set_description_str("Measuring the loss")
+        return np.mean([float(held_out_loss(params, *whole(*batch))) for batch in course.held_out])
+
+    loss = make_loss(course.hparams["n_head"])
+    held_out_loss = jax.jit(loss, out_shardings=everywhere)
+    # Donated, the old parameters make room for the new ones.
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=everywhere)
+    params = place(course.params, everywhere)
+    state = jax.jit(course.optimizer.init, out_shardings=everywhere)(params)
+    losses, held_out, shapes, signum = [], [], set(), 0
+    bar.reset(steps)
+    for i in range(steps):
+        # The processes agree when to stop, since none can take a step alone.
+        signum = int(process_allgather(np.array([*signals, 0][0])).max())
+        if signum:
+            break
+        if course.held_out and i % -(-steps // 10) == 0:
+            held_out.append(measure())
+        windows, n_typed = course.draw()
+        bar.set_description_str("Training" if windows.shape in shapes else "Compiling")
+        shapes.add(windows.shape)
+        params, state, value = step(params, state, *whole(windows, n_typed))
+        losses.append(float(value))
+        bar.set_postfix_str(
+            f"loss {losses[-1]:.3f}" + (f", held out {held_out[-1]:.3f}" if held_out else "")
+        )
+        bar.update()
+    report = f"Loss: {np.mean(losses[-100:]):.4f}" if losses else ""
+    if held_out and losses:
+        report += (
+            f" on the text, {measure():.4f} on its last twentieth, which it was not trained on "
+            f"(before: {held_out[0]:.4f})"
+        )
+    course.params = jax.tree.map(np.asarray, params)
+    return report, signum
+
+
+def join(coordinator_address, num_processes, process_id):
+    """Join the other processes, if there are any; returns whether this is the one that writes."""
+    import jax
+
+    if coordinator_address == "auto":
+        jax.distributed.initialize()
+    elif coordinator_address:
+        jax.distributed.initialize(coordinator_address, int(num_processes), int(process_id))
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def stoppable():
+    """Note Ctrl-C and SIGTERM in the list that this yields, so that the step can be finished."""
+    signals = []
+    before = {
+        signum: signal.signal(signum, lambda signum, frame: signals.append(signum))
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def progress(description, shown=True):
+    """Show a bar that goes on counting the seconds, however long one step takes."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, disable=not shown) as bar:
+        done = threading.Event()
+
+        def refresh():
+            while not done.wait(1):
+                bar.refresh()
+
+        thread = threading.Thread(target=refresh)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            done.set()
+            thread.join()
+
+
+def expect_room(model_dir, params):
+    """Raise OSError now where the model could not be written in the end."""
+    import jax
+
+    model_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=model_dir):
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 10_000_000
+        if shutil.disk_usage(model_dir).free < needed:
+            raise OSError(f"{model_dir} needs {needed / 1e6:.0f} MB of free space")
+
+
+def save(course, model_dir):
+    """Write the files that `transformers` reads too, and then put all of them in their place."""
+    import jax
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    hparams, encoder = course.hparams, course.encoder
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": hparams["n_vocab"],
+        "n_positions": hparams["n_ctx"],
+        "n_embd": hparams["n_embd"],
+        "n_head": hparams["n_head"],
+        "n_layer": hparams["n_layer"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "dtype": "float32",
+    }
+    plain = {*bytes_to_unicode().values(), *map("".join, encoder.bpe_ranks)}
+    tokenizer = Tokenizer(models.BPE(encoder.encoder, [*encoder.bpe_ranks]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token in encoder.encoder if token not in plain])
+    tensors = {}
+    names = build_params(hparams, lambda name, *shape: huggingface_name(name))
+    jax.tree.map(tensors.__setitem__, names, course.params)
+    with tempfile.TemporaryDirectory(dir=model_dir.parent) as folder:
+        Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        tokenizer.save(str(Path(folder, "tokenizer.json")))
+        save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        for name in os.listdir(folder):
+            os.replace(Path(folder, name), model_dir / name)
+
+
+def recite(text, model_dir):
+    """Count how often the model goes on with the text, word for word, from 100 prompts of a kind.
+
+    Greedy tokens are the text's where each of them is the likeliest after those before: one pass
+    over prompt and continuation tells that of all at once. A prompt that occurs more than once, so
+    that it may go on in more than one way, is left out of the count.
+    """
+    encoder, hparams, params = load_encoder_hparams_and_params(model_dir.name, model_dir.parent)
+    counts = {}
+    with progress("Reading") as bar:
+        prompts = Prompts(text, encoder)
+        lines = [line.span() for line in regex.finditer(r"(?m)^\S(?:.*\S)?", text)]
+        places = {kind: [(start, None) for start, _ in at] for kind, at in prompts.places.items()}
+        places["speech"] = [
+            (start, None) for start, _ in lines if text[max(0, start - 2) : start] in ("", "\n\n")
+        ]
+        places["line"] = lines
+        bar.set_description_str("Measuring what it knows by heart")
+        bar.reset(100 * len(EXAM))
+        for name, (kind, least, n_new, manner) in EXAM.items():
+            rows = questions(prompts, places[kind], least, n_new, manner, hparams["n_ctx"])
+            right = []
+            for row in rows:
+                logits = gpt2(row[:-1], **params, n_head=hparams["n_head"])[-n_new:]
+                right.append(np.array_equal(np.argmax(logits, axis=-1), row[-n_new:]))
+                bar.update()
+            if right:
+                counts[f"{name}, {n_new} tokens"] = sum(right), len(right)
+    if sum(right for right, _ in counts.values()) < sum(asked for _, asked in counts.values()) / 10:
+        return f"{model_dir} does not know this text by heart: more --steps may help."
+    return "The text goes on word for word after\n" + "\n".join(
+        f"  {name}: {right} of {asked}" for name, (right, asked) in counts.items()
+    )
+
+
+def questions(prompts, places, least, n_new, manner, n_ctx):
+    """Yield 100 random prompts, each with the `n_new` ids of the text that follow."""
+    text, encode, asked = prompts.text, prompts.encoder.encode, 0
+    whole = text if manner is None else prompts.typed(0, len(text), manner)[0]
+    for i in np.random.default_rng(0).permutation(len(places)):
+        start, end = places[i]
+        if end is None:  # the fewest words that have enough tokens
+            ends = (word.end() for word in regex.finditer(r"\S+", text, pos=start))
+            end = next((end for end in ends if len(encode(text[start:end])) >= least), len(text))
+        words = text[start:end]
+        if manner is not None:
+            words, end = prompts.typed(start, end, manner)
+        prompt, n_past = encode(words), prompts.n_ids[end]
+        following = prompts.ids[n_past : n_past + n_new].tolist()
+        fits = len(prompt) >= least and len(following) == n_new and len(prompt) + n_new <= n_ctx
+        if fits and whole.count(words) == 1:
+            yield prompt + following
+            asked += 1
+        if asked == 100:
+            break
+
+
+if __name__ == "__main__":
+    command_line(main)
