@@ -429,7 +429,7 @@ def expect_room(model_dir, params):
 def save(course, model_dir):
     """Write the files that `transformers` reads too, and then put all of them in their place."""
     import jax
-    from safetensors.numpy import save_file
+    from safetensors import numpy as safetensors
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     hparams, encoder = course.hparams, course.encoder
@@ -456,7 +456,8 @@ def save(course, model_dir):
     with tempfile.TemporaryDirectory(dir=model_dir.parent) as folder:
         Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         tokenizer.save(str(Path(folder, "tokenizer.json")))
-        save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        weights = safetensors.save(tensors, metadata={"format": "pt"})
+        Path(folder, "model.safetensors").write_bytes(weights)
         for name in os.listdir(folder):
             os.replace(Path(folder, name), model_dir / name)
 
