@@ -85,11 +85,18 @@ def main(
     options = FROM_START if start else FROM_NOTHING
     options = options | {name: value for name, value in given.items() if value is not None}
     options = {name: number(name, value) for name, value in options.items()}
+    processes = {"num_processes": num_processes, "process_id": process_id}
+    processes = {name: value and number(name, value) for name, value in processes.items()}
     text, model_dir = read_text(text_path), Path(model_dir).resolve()
     if not options["steps"]:
         return recite(text, model_dir)
-    writes = join(coordinator_address, num_processes, process_id)
-    with stoppable() as signals, progress("Reading", writes) as bar:
+    with (
+        progress("Joining the others" if coordinator_address else "Reading") as bar,
+        joined(coordinator_address, **processes) as writes,
+        stoppable() as signals,  # after JAX, which takes SIGTERM for itself
+    ):
+        bar.disable = not writes
+        bar.set_description_str("Reading")
         course = from_start(text, start, **options) if start else from_nothing(text, **options)
         if writes:
             expect_room(model_dir, course.params)
@@ -108,7 +115,7 @@ def main(
 
 def number(name, value):
     """Read the value of an option; raises ValueError for one that makes no sense."""
-    kind, least = (float, 0) if name == "lr" else (int, 0 if name == "steps" else 1)
+    kind, least = float if name == "lr" else int, int(name in ("batch", "length", "num_processes"))
     with contextlib.suppress(ValueError):
         if least <= kind(value) < float("inf"):
             return kind(value)
@@ -341,6 +348,7 @@ def train(course, steps, signals, bar):
     params = place(course.params, everywhere)
     state = jax.jit(course.optimizer.init, out_shardings=everywhere)(params)
     losses, held_out, shapes, signum = [], [], set(), 0
+    bar.bar_format = None  # tqdm's own, now that it is known how much there is to do
     bar.reset(steps)
     for i in range(steps):
         # The processes agree when to stop, since none can take a step alone.
@@ -358,7 +366,7 @@ def train(course, steps, signals, bar):
             f"loss {losses[-1]:.3f}" + (f", held out {held_out[-1]:.3f}" if held_out else "")
         )
         bar.update()
-    report = f"Loss: {np.mean(losses[-100:]):.4f}" if losses else ""
+    report = f"Loss: {np.mean(losses[-max(1, steps // 10) :]):.4f}" if losses else ""
     if held_out and losses:
         report += (
             f" on the text, {measure():.4f} on its last twentieth, which it was not trained on "
@@ -368,15 +376,25 @@ def train(course, steps, signals, bar):
     return report, signum
 
 
-def join(coordinator_address, num_processes, process_id):
-    """Join the other processes, if there are any; returns whether this is the one that writes."""
+@contextlib.contextmanager
+def joined(coordinator_address, num_processes, process_id):
+    """Join the other processes, if there are any; yields whether this is the one that writes."""
     import jax
 
-    if coordinator_address == "auto":
-        jax.distributed.initialize()
-    elif coordinator_address:
-        jax.distributed.initialize(coordinator_address, int(num_processes), int(process_id))
-    return jax.process_index() == 0
+    address = None if coordinator_address == "auto" else coordinator_address
+    if ":" not in (address or ":"):
+        raise ValueError(f"--coordinator_address must be host:port, or auto, not {address!r}")
+    try:
+        if (coordinator_address, num_processes, process_id) != (None, None, None):
+            jax.distributed.initialize(address, num_processes, process_id)
+        yield jax.process_index() == 0
+    except (RuntimeError, OSError, ValueError) as error:
+        fault = str(error).split("\n")[0]
+        if jax.process_count() == 1:
+            raise (OSError(f"JAX: {fault}") if isinstance(error, RuntimeError) else error) from None
+        # Left at once, without the farewell that the others could not answer: they see it go.
+        print(f"\nProcess {jax.process_index()} ends, as the others will: {fault}", file=sys.stderr)
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -395,11 +413,11 @@ def stoppable():
 
 
 @contextlib.contextmanager
-def progress(description, shown=True):
+def progress(description):
     """Show a bar that goes on counting the seconds, however long one step takes."""
     from tqdm import tqdm
 
-    with tqdm(desc=description, disable=not shown) as bar:
+    with tqdm(desc=description, bar_format="{desc} {elapsed}") as bar:
         done = threading.Event()
 
         def refresh():
@@ -419,11 +437,14 @@ def expect_room(model_dir, params):
     """Raise OSError now where the model could not be written in the end."""
     import jax
 
+    new = not model_dir.exists()
     model_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=model_dir):
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 10_000_000
         if shutil.disk_usage(model_dir).free < needed:
             raise OSError(f"{model_dir} needs {needed / 1e6:.0f} MB of free space")
+    if new:
+        model_dir.rmdir()
 
 
 def save(course, model_dir):
@@ -433,6 +454,7 @@ def save(course, model_dir):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     hparams, encoder = course.hparams, course.encoder
+    end = encoder.encoder.get("<|endoftext|>")
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -444,6 +466,8 @@ def save(course, model_dir):
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "dtype": "float32",
+        "bos_token_id": end,
+        "eos_token_id": end,
     }
     plain = {*bytes_to_unicode().values(), *map("".join, encoder.bpe_ranks)}
     tokenizer = Tokenizer(models.BPE(encoder.encoder, [*encoder.bpe_ranks]))
@@ -453,12 +477,13 @@ def save(course, model_dir):
     tensors = {}
     names = build_params(hparams, lambda name, *shape: huggingface_name(name))
     jax.tree.map(tensors.__setitem__, names, course.params)
-    with tempfile.TemporaryDirectory(dir=model_dir.parent) as folder:
+    model_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=model_dir) as folder:
         Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         tokenizer.save(str(Path(folder, "tokenizer.json")))
         weights = safetensors.save(tensors, metadata={"format": "pt"})
         Path(folder, "model.safetensors").write_bytes(weights)
-        for name in os.listdir(folder):
+        for name in sorted(os.listdir(folder)):
             os.replace(Path(folder, name), model_dir / name)
 
 
@@ -480,6 +505,7 @@ def recite(text, model_dir):
         ]
         places["line"] = lines
         bar.set_description_str("Measuring what it knows by heart")
+        bar.bar_format = None
         bar.reset(100 * len(EXAM))
         for name, (kind, least, n_new, manner) in EXAM.items():
             rows = questions(prompts, places[kind], least, n_new, manner, hparams["n_ctx"])
