@@ -1,17 +1,20 @@
 """GPT-2's byte-level byte-pair encoding: text to the ids of tokens, and back."""
 
+import codecs
 import heapq
 import json
-import os
 from itertools import pairwise
+from pathlib import Path
 
 import regex
 
 # No token reaches from one word into the next: a word is letters, digits or signs, and the space
 # before them; or white space, which leaves its last character to what follows.
-PATTERN = regex.compile(
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The files of a vocabulary: its tokens, and the merges where they are in a file of their own.
+FILES = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+# What a `tokenizer.json` must say, or leave out, to give GPT-2's ids.
+OPTIONS = {"type": "ByteLevel", "normalizer": None, "add_prefix_space": False, "use_regex": True}
 
 
 def bytes_to_unicode():
@@ -43,6 +46,7 @@ class Encoder:
         self.encoder = encoder
         self.decoder = {id: token for token, id in encoder.items()}
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
+        self.endoftext = [id for token, id in encoder.items() if token == "<|endoftext|>"]
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
         self.cache = {}
@@ -55,8 +59,7 @@ class Encoder:
         parts = [*word, None]  # a ring: None, between the last and the first, has no rank
         before, after = [*range(-1, len(word))], [*range(1, len(word) + 1), 0]
         ranks = self.bpe_ranks
-        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(word)) if pair in ranks]
-        heapq.heapify(heap)
+        heap = sorted((ranks[pair], i) for i, pair in enumerate(pairwise(word)) if pair in ranks)
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
@@ -71,45 +74,73 @@ class Encoder:
 
     def encode(self, text):
         """Turn text into ids; raises ValueError for a lone surrogate, which has no UTF-8."""
-        lone = regex.search(r"[\ud800-\udfff]", text)
-        if lone:
+        if lone := regex.search(r"[\ud800-\udfff]", text):
             raise ValueError(f"the text has a lone surrogate, {lone[0]!r} at {lone.start()}")
-        if len(self.cache) > 100_000:  # words: it is there to save time, not to fill the memory
-            self.cache = {}
-        ids, cache = [], self.cache
-        for word in PATTERN.findall(text):
-            if word not in cache:
+        # Words are kept, since most come again, but not so many that they fill the memory.
+        ids, self.cache = [], self.cache if len(self.cache) <= 100_000 else {}
+        for word in regex.findall(PATTERN, text):
+            if word not in self.cache:
                 chars = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
-                cache[word] = [self.encoder[token] for token in self.bpe(chars)]
-            ids += cache[word]
+                self.cache[word] = [self.encoder[token] for token in self.bpe(chars)]
+            ids += self.cache[word]
         return ids
 
     def decode(self, ids):
         """Turn ids into text, U+FFFD where a character is cut; raises ValueError for a false id."""
-        try:
-            text = "".join([self.decoder[id] for id in ids])
-        except KeyError as error:
-            raise ValueError(f"the vocabulary has no token with the id {error.args[0]}") from None
-        return bytes(self.byte_decoder[char] for char in text).decode("utf-8", errors="replace")
+        return "".join(self.decode_stream(ids))
+
+    def decode_stream(self, ids):
+        """Yield the text of each id as it comes; a character that is cut in two waits for its rest.
+
+        >>> toy = Encoder({char: byte for byte, char in bytes_to_unicode().items()}, [])
+        >>> list(toy.decode_stream(toy.encode("né!")))
+        ['n', '', 'é', '!', '']
+        """
+        utf_8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for id in ids:
+            if id not in self.decoder:
+                raise ValueError(f"the vocabulary has no token with the id {id}")
+            yield utf_8.decode(bytes(map(self.byte_decoder.get, self.decoder[id])))
+        yield utf_8.decode(b"", final=True)
 
 
 def get_encoder(model_name, models_dir):
-    """Read the vocabulary in `models_dir/model_name`: `encoder.json` and `vocab.bpe`.
+    """Read the vocabulary in `models_dir/model_name`, and check that it is of GPT-2's kind.
 
-    Raises OSError where a file is missing, and ValueError where one is not what it should be.
+    It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
+    OpenAI's `encoder.json` and `vocab.bpe`. Raises OSError where a file is missing, and ValueError
+    where one is not what it should be.
     """
-    path = os.path.join(models_dir, model_name, "encoder.json")
-    encoder = read_json(path)
-    ids = list(encoder.values())
-    if any(type(id) is not int for id in ids) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"{path} does not number its tokens from 0 on")
-    path = os.path.join(models_dir, model_name, "vocab.bpe")
-    merges = [tuple(line.split(" ")) for line in read_text(path).split("\n")[1:] if line]
+    folder = Path(models_dir, model_name)
+    name = next((name for name in FILES if (folder / name).exists()), "encoder.json")
+    encoder = read_json(folder / name)
+    if name == "tokenizer.json":
+        encoder, merges, special = read_tokenizer(encoder, folder / name)
+    else:
+        merges = regex.findall(r"(?m)^(?!#version)(\S+) (\S+)$", read_text(folder / FILES[name]))
+        special = {token for token in encoder if regex.fullmatch(r"<.+>|\[.+\]", token)}
+    if {*map(repr, encoder.values())} != {*map(repr, range(len(encoder)))}:
+        raise ValueError(f"{folder / name} does not number its tokens from 0 on")
     tokens = {*bytes_to_unicode().values(), *map("".join, merges)}
-    strange = [t for t in tokens ^ encoder.keys() if not (t.startswith("<|") and t.endswith("|>"))]
-    if strange or any(len(pair) != 2 for pair in merges):
-        raise ValueError(f"{path} and encoder.json do not belong together, or one is damaged")
+    if any(len(pair) != 2 for pair in merges) or tokens != encoder.keys() - (special - tokens):
+        raise ValueError(f"{folder / (FILES[name] or name)} and {name} do not belong together")
     return Encoder(encoder, merges)
+
+
+def read_tokenizer(content, path):
+    """Take tokens, merges and special tokens from what Hugging Face's `tokenizers` writes."""
+    try:
+        model, byte_encoder = content["model"], bytes_to_unicode()
+        found = OPTIONS | content | model | content["pre_tokenizer"]
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        special = {"".join(map(byte_encoder.get, text.encode())): id for text, id in added.items()}
+        tokens = {token: id for token, id in model["vocab"].items() if token not in added}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no byte-level BPE of `tokenizers`: {error!r}") from None
+    if wrong := [name for name in OPTIONS if found[name] != OPTIONS[name]]:
+        raise ValueError(f"{path}: {wrong[0]} must be {OPTIONS[wrong[0]]!r}, as in GPT-2")
+    return tokens | special, merges, special.keys()
 
 
 def read_json(path):
@@ -125,8 +156,7 @@ def read_json(path):
 
 def read_text(path):
     """Read a file as UTF-8, whatever the platform prefers; raises ValueError, with the path."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error.reason}") from None
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason}") from None

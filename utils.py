@@ -1,188 +1,207 @@
-"""Download OpenAI's GPT-2 checkpoints, convert them once, and open them in milliseconds.
+"""Open a GPT-2 from its folder; download and convert OpenAI's; run the command.
 
     encoder, hparams, params = load_encoder_hparams_and_params("124M", "models")
 
-A model is a folder `models_dir/model_size` in the layout of OpenAI's release. Its first load writes
-the weights beside the checkpoint, as one flat file of float32, `params.f32`; every later load maps
-that file into memory, and needs neither TensorFlow nor a network.
+A model is a folder `models_dir/model_size` in one of two layouts:
+
+- Hugging Face's, known by its `config.json`: the weights are read from `model.safetensors`.
+- OpenAI's: at the first load TensorFlow converts the checkpoint into one flat file beside it,
+  `params.f32`, which every later load maps into memory, without TensorFlow and without a network.
 """
 
 import base64
 import contextlib
 import functools
 import hashlib
+import inspect
+import io
 import math
 import os
 import re
 import sys
+import threading
 import time
-import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from encoder import get_encoder, read_json
 
-BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 SIZES = ("124M", "355M", "774M", "1558M")
-FILES = {  # and their SHA-256 in 124M; the vocabulary is the same in all sizes
+SHARD = ".data-00000-of-00001"
+FILES = {  # of each size, and their SHA-256 in 124M; the vocabulary is the same in all
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
-    "model.ckpt.data-00000-of-00001": (
-        "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"
-    ),
+    "model.ckpt" + SHARD: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
     "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
     "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-PAUSES = (1, 2, 4)  # seconds before each new try
-TIMEOUT = 10  # seconds without an answer, or between two pieces of one
+BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+PAUSES = (1, 2, 3)  # seconds before each new try, as long as nothing comes
+TIMEOUT = 10  # seconds without a word from the server
+SLOWEST = 1000  # bytes a second: what comes more slowly counts as nothing
+PATIENCE = 30  # seconds at less than that
+
+# The sizes by OpenAI's names; by Hugging Face's, with what its library takes for one left out; and
+# what else a config.json must say or leave out, since `gpt2` computes nothing else.
+HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+CONFIG = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+COMPUTED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+COMPUTED |= {"tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False}
+COMPUTED |= {"scale_attn_by_inverse_layer_idx": False, "quantization_config": None, "n_inner": None}
+
+
+# --- Load: from a folder to its vocabulary, sizes and parameters ---
 
 
 def load_encoder_hparams_and_params(model_size, models_dir):
     """Load the model in `models_dir/model_size`, downloading a published size that is not there.
 
-    Returns the `Encoder`, OpenAI's hparams as a dict, and the parameters as nested dicts of
-    float32 arrays, read-only views of the converted file. Raises ValueError for a name that is
-    neither a published size nor a folder there, and for a file that is not what it should be;
-    OSError where a file is missing or cannot be downloaded.
+    Returns the `Encoder`, OpenAI's hparams as a dict, and the parameters as nested dicts of float32
+    arrays. A folder with a `config.json` is read in Hugging Face's layout, whatever else it holds.
+    Raises ValueError for a name that is neither a published size nor a folder there, and for a file
+    that is not what it should be; OSError where a file is missing or cannot be downloaded.
     """
+    models_dir = os.path.expanduser(models_dir)
     model_dir, fetched = os.path.join(models_dir, model_size), None
-    inside = os.path.basename(model_size) == model_size and model_size not in ("", ".", "..")
-    if model_size not in SIZES and not (inside and os.path.isdir(model_dir)):
-        raise ValueError(
-            f"model_size must be {', '.join(SIZES)}, or the name of a folder with a checkpoint in "
-            f"{os.path.abspath(models_dir)}, not {model_size!r}"
-        )
-    remedy = (
-        "Put back the file that came with the model; `git checkout models/1M` does for that one."
-    )
-    if model_size in SIZES:
+    folders = os.listdir(models_dir) if os.path.isdir(models_dir) else []
+    if model_size not in (*SIZES, *folders):
+        where = f"or the name of a folder with a model in {os.path.abspath(models_dir)}"
+        raise ValueError(f"model_size must be {', '.join(SIZES)}, {where}, not {model_size!r}")
+    hugging_face = os.path.exists(os.path.join(model_dir, "config.json"))
+    published = model_size in SIZES and not hugging_face
+    remedy = "Put back the file that came with the model, or the whole folder."
+    if published:
         remedy = "Delete the file and run again: it will be downloaded anew."
     while True:
         try:
-            return load_model(model_size, models_dir)
+            return (load_hugging_face if hugging_face else load_openai)(model_size, models_dir)
         except FileNotFoundError as error:
-            if model_size not in SIZES or fetched is not None:
+            if fetched is not None or not published:
                 raise OSError(f"{error.filename} is missing.\n{remedy}") from None
             fetched = download_gpt2_files(model_size, model_dir)
-        except ValueError as error:
-            # New files passed every check that their server allows: if they fail now, none is kept.
-            for path in fetched or []:
-                os.remove(path)
-            if fetched:
-                remedy = f"The new files are deleted: run again; if that fails, delete {model_dir}."
+        except DamagedError as error:
+            if error.path in (fetched or []):
+                os.remove(error.path)
+                remedy = "That file is deleted: run again to download it anew."
             raise ValueError(f"{error}\n{remedy}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}\n{remedy}" if published else error) from None
 
 
-def load_model(model_size, models_dir):
-    """Load a folder that is complete; raises FileNotFoundError where it is not."""
+def load_openai(model_size, models_dir):
+    """Load a folder in OpenAI's layout; raises FileNotFoundError where it is not complete."""
     model_dir = os.path.join(models_dir, model_size)
     path = os.path.join(model_dir, "hparams.json")
     hparams = read_json(path)
-    for field in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
-        if type(hparams.get(field)) is not int or hparams[field] < 1:
-            raise ValueError(f"{path}: {field} must be a number above 0, not {hparams.get(field)}")
-    if hparams["n_embd"] % hparams["n_head"]:
-        raise ValueError(f"{path}: n_embd must be a multiple of n_head")
+    check_sizes(hparams, HPARAMS, path)
     encoder = get_encoder(model_size, models_dir)
     if len(encoder.encoder) != hparams["n_vocab"]:
         raise ValueError(f"{path}: n_vocab must be {len(encoder.encoder)}, as in encoder.json")
     return encoder, hparams, load_params(model_dir, hparams)
 
 
+def load_hugging_face(model_size, models_dir):
+    """Load a folder as `save_pretrained` writes it; raises ValueError for what `gpt2` is not."""
+    path = os.path.join(models_dir, model_size, "config.json")
+    config = CONFIG | COMPUTED | read_json(path)
+    check_sizes(config, CONFIG, path)
+    synonyms = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * config["n_embd"]}
+    for field, value in COMPUTED.items():
+        if config[field] not in (value, synonyms.get(field, value)):
+            raise ValueError(f"{path}: {field} is {config[field]!r}, but GPT-2 has {value!r}")
+    hparams = dict(zip(HPARAMS, map(config.get, CONFIG), strict=True))
+    encoder = get_encoder(model_size, models_dir)
+    tokens = [*encoder.byte_decoder, *map("".join, encoder.bpe_ranks)]
+    if max(map(encoder.encoder.get, tokens)) >= hparams["n_vocab"]:
+        raise ValueError(f"{path}: vocab_size is less than the ids of the tokenizer need")
+    path = os.path.join(models_dir, model_size, "model.safetensors")
+    return encoder, hparams, read_safetensors(path, hparams)
+
+
+def check_sizes(config, fields, path):
+    """Raise ValueError unless all sizes are numbers above 0 and the heads divide the width."""
+    for field in fields:
+        if type(config.get(field)) is not int or config[field] < 1:
+            raise ValueError(f"{path}: {field} must be a number above 0, not {config.get(field)}")
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError(f"{path}: n_embd must be a multiple of n_head")
+
+
+def read_safetensors(path, hparams):
+    """Read the parameters from Hugging Face's file, widened to float32 where they are narrower."""
+    from safetensors import SafetensorError, safe_open
+
+    def leaf(name, *shape):
+        name = huggingface_name(name)
+        part = file.get_slice(names.pop(name))
+        found = part.get_dtype(), part.get_shape()
+        if found[0] not in ("F32", "F16") or found[1] != [*shape]:
+            raise ValueError(f"{path}: {name} is {found}, not float32 or float16 {[*shape]}")
+        return np.asarray(part[:], np.float32)
+
+    if not os.path.exists(path):
+        raise ValueError(f"{path} is missing; weights in pieces or pickled are not read")
+    try:
+        with safe_open(path, "numpy") as file:
+            names = {name.removeprefix("transformer."): name for name in file.keys()}  # noqa: SIM118
+            params = build_params(hparams, leaf)
+            head = names.pop("lm_head.weight", None)
+            if head and not np.array_equal(file.get_tensor(head), params["wte"]):
+                raise ValueError(f"{path}: lm_head.weight is not wte.weight, as it is in GPT-2")
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+    # Old files also hold the causal masks, which are no parameters.
+    rest = [name for name in names if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)]
+    if rest:
+        raise ValueError(f"{path}: {rest[0]} is no part of the model in config.json")
+    return params
+
+
+def huggingface_name(name):
+    """Turn OpenAI's name of a parameter into Hugging Face's.
+
+    >>> huggingface_name("h0/attn/c_attn/w"), huggingface_name("wte")
+    ('h.0.attn.c_attn.weight', 'wte.weight')
+    """
+    *path, last = re.sub(r"^h(\d+)", r"h/\1", name).split("/")
+    return ".".join(
+        [*path, {"g": "weight", "w": "weight", "b": "bias"}.get(last, f"{last}.weight")]
+    )
+
+
 def load_params(model_dir, hparams):
     """Open the converted weights, converting the checkpoint first where that is due."""
     converted = os.path.join(model_dir, "params.f32")
     try:
-        tf_ckpt_path, changed = find_checkpoint(model_dir)
+        tf_ckpt_path = find_checkpoint(model_dir)
+        mark = fingerprint(tf_ckpt_path, hparams)
     except FileNotFoundError:
         params = open_converted(converted, hparams)  # the checkpoint may be gone, to save its space
         if params is None:
             raise
         return params
-    params = open_converted(converted, hparams, changed)
-    try:
-        if params is None:
+    params = open_converted(converted, hparams, mark)
+    if params is None:
+        os.stat(tf_ckpt_path + SHARD)  # raises FileNotFoundError before TensorFlow is imported
+        try:
             with alone(model_dir):
-                params = open_converted(converted, hparams, changed)  # another process did it?
+                params = open_converted(converted, hparams, mark)  # another process did it?
                 if params is None:
-                    convert(tf_ckpt_path, hparams, converted, changed)
-                    params = open_converted(converted, hparams, changed)
-    except OSError as error:
-        print(f"The converted weights could not be kept for next time: {error}", file=sys.stderr)
-        params = load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
+                    convert(tf_ckpt_path, hparams, converted, mark)
+                    params = open_converted(converted, hparams, mark)
+        except OSError as error:
+            params = load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
+            say(f"The converted weights could not be kept for next time: {error}")
     return params
 
 
-def find_checkpoint(model_dir):
-    """Return the checkpoint's path, as TensorFlow takes it, and when it last changed, in ns."""
-    path = os.path.join(model_dir, "checkpoint")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        latest = re.search(r'^model_checkpoint_path: "(.+)"', file.read(), re.MULTILINE)
-    if not latest:
-        raise ValueError(f"{path} names no checkpoint")
-    # A fine-tuned model may name the folder that it was trained in: only the last part counts.
-    tf_ckpt_path = os.path.join(model_dir, re.split(r"[/\\]", latest[1])[-1])
-    files = [tf_ckpt_path + ".index", tf_ckpt_path + ".data-00000-of-00001"]
-    return tf_ckpt_path, max(os.stat(file).st_mtime_ns for file in files)
-
-
-def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: tensor):
-    """Read a TensorFlow checkpoint into nested dicts of float32 arrays, as `gpt2` takes them.
-
-    `keep` says what to put in the place of each tensor as it arrives. Raises ValueError for a
-    damaged file, and for a tensor that is missing or not of the shape that `hparams` ask for.
-    """
-    for quiet in {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}.items():
-        os.environ.setdefault(*quiet)
-    from tqdm import tqdm
-
-    n_layer = hparams["n_layer"]
-    # The bar comes first, since TensorFlow, when it is imported, takes its time.
-    with tqdm(desc="converting", total=4 + 12 * n_layer, unit=" tensors") as bar:
-        import tensorflow as tf
-
-        def read(name, *shape):
-            bar.update()
-            found = shapes.get(f"model/{name}", "missing")
-            if found not in ([*shape], [1, *shape]):
-                raise ValueError(f"model/{name} is {found}, but hparams.json says {[*shape]}")
-            tensor = checkpoint.get_tensor(f"model/{name}").reshape(shape)
-            return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
-
-        try:
-            checkpoint = tf.train.load_checkpoint(tf_ckpt_path)
-            shapes = checkpoint.get_variable_to_shape_map()
-            if f"model/h{n_layer}/ln_1/g" in shapes:
-                raise ValueError(f"more layers than n_layer in hparams.json, {n_layer}")
-            return build_params(hparams, read)
-        except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{tf_ckpt_path}.*: {str(error).splitlines()[0]}") from None
-
-
-def convert(tf_ckpt_path, hparams, converted, changed):
-    """Write the weights, tensor by tensor, as one flat file that bears the time `changed`."""
-    part = converted + ".part"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(converted)  # of another checkpoint: not to be used if this one cannot be read
-    try:
-        with open(part, "wb") as file:
-            load_gpt2_params_from_tf_ckpt(
-                tf_ckpt_path, hparams, lambda tensor: file.write(tensor.ravel(order="K"))
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.utime(part, ns=(changed, changed))
-        os.replace(part, converted)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
-
-
-def open_converted(converted, hparams, changed=None):
-    """Map a converted file into memory, if it is whole and of the checkpoint of that time."""
+def open_converted(converted, hparams, mark=None):
+    """Map a converted file into memory, if it is whole and of the checkpoint with that mark."""
     end = 0
 
     def view(name, *shape):
@@ -191,11 +210,12 @@ def open_converted(converted, hparams, changed=None):
         return flat[start:end].reshape(shape, order=memory_order(name))
 
     try:
-        flat = np.asarray(np.memmap(converted, np.float32, "r"))
+        content = np.asarray(np.memmap(converted, np.uint8, "r"))
+        flat = content[:-32].view(np.float32)
         params = build_params(hparams, view)
     except (FileNotFoundError, ValueError):  # ValueError: empty, or too short for one of the views
         return None
-    same = end == flat.size and changed in (None, os.stat(converted).st_mtime_ns)
+    same = end == flat.size and mark in (None, content[-32:].tobytes())
     return params if same else None
 
 
@@ -217,26 +237,22 @@ def build_params(hparams, leaf):
     def dense(name, n_in, n_out):
         return {"w": leaf(f"{name}/w", n_in, n_out), "b": leaf(f"{name}/b", n_out)}
 
-    return {
-        "wte": leaf("wte", hparams["n_vocab"], n_embd),
-        "wpe": leaf("wpe", hparams["n_ctx"], n_embd),
-        "blocks": [
-            {
-                "ln_1": norm(f"h{i}/ln_1"),
-                "attn": {
-                    "c_attn": dense(f"h{i}/attn/c_attn", n_embd, 3 * n_embd),
-                    "c_proj": dense(f"h{i}/attn/c_proj", n_embd, n_embd),
-                },
-                "ln_2": norm(f"h{i}/ln_2"),
-                "mlp": {
-                    "c_fc": dense(f"h{i}/mlp/c_fc", n_embd, 4 * n_embd),
-                    "c_proj": dense(f"h{i}/mlp/c_proj", 4 * n_embd, n_embd),
-                },
-            }
-            for i in range(hparams["n_layer"])
-        ],
-        "ln_f": norm("ln_f"),
-    }
+    def block(h):
+        params = {"ln_1": norm(f"{h}/ln_1"), "attn": {}, "ln_2": {}, "mlp": {}}
+        params["attn"]["c_attn"] = dense(f"{h}/attn/c_attn", n_embd, 3 * n_embd)
+        params["attn"]["c_proj"] = dense(f"{h}/attn/c_proj", n_embd, n_embd)
+        params["ln_2"] = norm(f"{h}/ln_2")
+        params["mlp"]["c_fc"] = dense(f"{h}/mlp/c_fc", n_embd, 4 * n_embd)
+        params["mlp"]["c_proj"] = dense(f"{h}/mlp/c_proj", 4 * n_embd, n_embd)
+        return params
+
+    params = {"wte": leaf("wte", hparams["n_vocab"], n_embd)}
+    params["wpe"] = leaf("wpe", hparams["n_ctx"], n_embd)
+    params["blocks"] = [block(f"h{i}") for i in range(hparams["n_layer"])]
+    return params | {"ln_f": norm("ln_f")}
+
+
+# --- Download: OpenAI's seven files, each whole or not at all ---
 
 
 def download_gpt2_files(model_size, model_dir):
@@ -249,138 +265,367 @@ def download_gpt2_files(model_size, model_dir):
     """
     if model_size not in SIZES:
         raise ValueError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
-    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
-    fetched = []
+    url = f"{(os.environ.get('GPT2_BASE_URL') or BASE_URL).rstrip('/')}/{model_size}"
     with alone(model_dir):
-        for name, sha256 in FILES.items():
-            path = os.path.join(model_dir, name)
-            if not os.path.exists(path):
-                known = model_size == "124M" or name in ("encoder.json", "vocab.bpe")
-                fetch(f"{base_url}/{model_size}/{name}", path, sha256 if known else None)
-                fetched.append(path)
-    return fetched
+        missing = [name for name in FILES if not os.path.exists(os.path.join(model_dir, name))]
+        if missing:
+            say(f"Downloading {', '.join(missing)} from {url} to {model_dir}")
+        for name in missing:
+            known = model_size == "124M" or name in ("encoder.json", "vocab.bpe")
+            fetch(f"{url}/{name}", os.path.join(model_dir, name), FILES[name] if known else None)
+    return [os.path.join(model_dir, name) for name in missing]
 
 
 def fetch(url, path, sha256):
     """Bring one file under a temporary name, verify it, and only then give it its own."""
     import requests
+    import urllib3
 
-    part = path + ".part"
-    for pause in (*PAUSES, None):
+    part, pauses, most = path + ".part", iter(PAUSES), size_of(path + ".part")
+    while True:
+        begin = time.monotonic()
         try:
-            fault = receive(url, part, sha256)
+            md5 = receive(url, part, size_of(part))
             break
-        except requests.RequestException as error:
-            status = 500 if error.response is None else error.response.status_code
-            if pause is None or status < 500 or isinstance(error, ValueError):
-                cause = getattr((*error.args, error)[0], "reason", error)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if size_of(part) - most > SLOWEST * (time.monotonic() - begin):
+                pauses = iter(PAUSES)  # the line works, if not for long
+            most = max(most, size_of(part))
+            lasting = isinstance(error, (ValueError, requests.HTTPError))
+            pause = None if lasting else next(pauses, None)
+            cause = str(error).rsplit(": ", 1)[-1].strip("\"')")
+            if pause is None:
                 advice = "Run again to go on from what came; --model_size 1M needs no network."
                 raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
+            say(f"{url}: {cause}; trying again in {pause} s")
+            time.sleep(pause)
         except OSError as error:
-            raise OSError(
-                f"{part}: {error}\nMend that, and run again to go on from there."
-            ) from None
-        time.sleep(pause)
+            advice = "Mend that, and run again to go on from there."
+            raise OSError(f"{part}: {error}\n{advice}") from None
+    fault = find_fault(part, sha256, md5)
     if fault:
         os.remove(part)
         raise OSError(f"{url} is deleted again, since {fault}.\nRun again to download it anew.")
     os.replace(part, path)
 
 
-def receive(url, part, sha256):
-    """Append to `part` what it lacks of the file at `url`; returns what is wrong with the whole.
+def receive(url, part, start):
+    """Append to `part` what it lacks of the file at `url`, from the byte `start` on.
 
-    Raises requests.RequestException where another try may help.
+    Returns the MD5 of the whole, if the server tells it. Raises requests.HTTPError if it refuses,
+    and other errors of requests and urllib3 if another try may help.
     """
     import requests
-    from tqdm import tqdm
 
-    start = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if response.status_code == 416 or (response.status_code == 206 and not resumed):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
-            raise requests.ConnectionError("the server cannot go on where the last one stopped")
-        response.raise_for_status()
-        start = start if resumed else 0
-        length = response.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise requests.ConnectionError("the server does not say how long it is")
-        total = start + int(length)
-        sizes = {"total": total, "initial": start, "unit": "B", "unit_scale": True}
-        with open(part, "ab" if start else "wb") as file, tqdm(desc=part, **sizes) as bar:
-            for chunk in response.iter_content(1 << 16):
-                bar.update(file.write(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    if os.path.getsize(part) != total or not total:
-        raise requests.ConnectionError(f"{os.path.getsize(part)} of {total} bytes came")
-    content = np.memmap(part, np.uint8, "r")
-    if re.match(rb"\W*<(!doctype|\?xml|html|error)\b", bytes(content[:99]), re.IGNORECASE):
-        return "a web page came in its place"
-    if sha256:
-        return hashlib.sha256(content).hexdigest() != sha256 and "its SHA-256 is not OpenAI's"
-    # Of a resumed file, some servers tell the MD5 of the whole, others of the part that they sent.
-    sums = [base64.b64encode(hashlib.md5(content[i:]).digest()).decode() for i in (0, start)]
-    return (
-        response.headers.get("Content-MD5", sums[0]) not in sums and "its MD5 is not the server's"
-    )
+    bar = progress(desc=os.path.basename(part), unit="B", unit_scale=True)
+    with bar as bar, requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        status, told = response.status_code, response.headers
+        if status == 416 and start:  # nothing is missing, or `part` is of another file
+            complete = told.get("Content-Range") == f"bytes */{start}"
+            return None if complete else receive(url, part, 0)
+        if status not in (200, 206):
+            passing = status in (408, 429) or status >= 500
+            kind = requests.ConnectionError if passing else requests.HTTPError
+            raise kind(f"the server answered {status} {response.reason}")
+        sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", told.get("Content-Range", ""))
+        if status == 200 and told.get("Content-Length", "").isdecimal():
+            start, total = 0, int(told["Content-Length"])
+        elif status == 206 and sent and int(sent[1]) == start:
+            total = int(sent[2])
+        else:
+            raise requests.ConnectionError("the server does not say which bytes it sends")
+        if size_of(part) != total:
+            bar.total, bar.initial, bar.n = total, start, start
+            with open(part, "ab" if start else "wb") as file:
+                keep_writing(response.raw, file, bar)
+        if size_of(part) != total:
+            raise requests.ConnectionError(f"{size_of(part)} of {total} bytes came")
+        return told.get("Content-MD5") if status == 200 else told.get("x-ms-blob-content-md5")
+
+
+def keep_writing(source, file, bar):
+    """Write what comes as it comes; raises requests.ConnectionError where it hardly does."""
+    import requests
+
+    begin, written = time.monotonic(), 0
+    while chunk := source.read1(1 << 16):
+        written += file.write(chunk)
+        bar.update(len(chunk))
+        if time.monotonic() > begin + PATIENCE:
+            if written < SLOWEST * PATIENCE:
+                raise requests.ConnectionError(f"only {written} bytes came in {PATIENCE} seconds")
+            begin, written = time.monotonic(), 0
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def find_fault(part, sha256, md5):
+    """Say what is wrong with a file that has come, "" for nothing."""
+    with open(part, "rb") as file:
+        head = file.read(99)
+    if not head or re.match(rb"\W*<(!doctype|\?xml|html|error)\b", head, re.IGNORECASE):
+        return "a web page came in its place" if head else "it is empty"
+    if sha256 and digest(part, "sha256").hex() != sha256:
+        return "its SHA-256 is not OpenAI's"
+    if md5 and not sha256 and base64.b64encode(digest(part, "md5")).decode() != md5:
+        return "its MD5 is not the server's"
+    return ""
+
+
+def digest(path, kind):
+    """Return the digest of a file, with a bar where that takes long."""
+    content, desc = hashlib.new(kind), f"verifying {os.path.basename(path)}"
+    sizes = {"total": size_of(path), "unit": "B", "unit_scale": True}
+    with open(path, "rb") as file, progress(desc=desc, delay=1, **sizes) as bar:
+        while chunk := file.read(1 << 20):
+            content.update(chunk)
+            bar.update(len(chunk))
+    return content.digest()
+
+
+def size_of(path):
+    """Return the size of a file in bytes, 0 where there is none."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 @contextlib.contextmanager
 def alone(folder):
     """Keep other processes out of `folder`; the system frees a lock when its owner ends or dies."""
-    path = os.path.join(folder, ".lock")
-    while True:
-        os.makedirs(folder, exist_ok=True)
-        with open(path, "w") as file:
-            lock(file)
-            if not os.fstat(file.fileno()).st_nlink:
-                continue  # its last owner removed it while this process waited
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows keeps a file that others have open
-                    os.remove(path)
-                    os.rmdir(folder)  # if nothing has come into it
-            return
+    from filelock import FileLock, Timeout
 
-
-def lock(file):
-    """Wait for the one lock that there is on an open file."""
+    os.makedirs(folder, exist_ok=True)
+    lock = FileLock(os.path.join(folder, ".lock"))
     try:
-        import fcntl
-    except ImportError:  # Windows, where each try to lock waits ten seconds
-        import msvcrt
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            desc = f"waiting for another process that is at work in {folder}"
+            with progress(desc=desc, bar_format="{desc}: {elapsed}"):
+                lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        say(f"Going on without a lock on {folder}, so start no second process there: {error}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            if lock.is_locked:
+                os.remove(lock.lock_file)
+            os.rmdir(folder)  # if nothing has come into it
+        lock.release()
 
-        while True:
-            with contextlib.suppress(OSError):
-                return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-    fcntl.flock(file, fcntl.LOCK_EX)
+
+@contextlib.contextmanager
+def progress(**options):
+    """Show a bar whose clock goes on while nothing else does."""
+    from tqdm import tqdm
+
+    done = threading.Event()
+    with tqdm(**options) as bar, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: [bar.refresh() for _ in iter(lambda: done.wait(1), True)])
+        try:
+            yield bar
+        finally:
+            done.set()
+
+
+def say(line):
+    """Tell the user something that is not the text asked for."""
+    with contextlib.suppress(OSError):  # nobody listens
+        print(line, file=sys.stderr, flush=True)
+
+
+# --- Convert: a checkpoint of TensorFlow's to one flat file ---
+
+
+class DamagedError(ValueError):
+    """A file, at `path`, that is not as TensorFlow wrote it."""
+
+    def __init__(self, path, message):
+        super().__init__(message)
+        self.path = path
+
+
+def find_checkpoint(model_dir):
+    """Return the checkpoint that the file `checkpoint` names, as TensorFlow takes it."""
+    path = os.path.join(model_dir, "checkpoint")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        latest = re.search(r'^model_checkpoint_path: "(.+)"', file.read(), re.MULTILINE)
+    if not latest:
+        raise ValueError(f"{path} names no checkpoint")
+    # A fine-tuned model may name the folder that it was trained in: only the last part counts.
+    return os.path.join(model_dir, re.split(r"[/\\]", latest[1])[-1])
+
+
+def fingerprint(tf_ckpt_path, hparams):
+    """Identify the weights by their index, which has the place and the checksum of every tensor."""
+    with open(tf_ckpt_path + ".index", "rb") as file:
+        sizes = [hparams[field] for field in HPARAMS if field != "n_head"]
+        return hashlib.sha256(file.read() + repr(sizes).encode()).digest()
+
+
+def convert(tf_ckpt_path, hparams, converted, mark):
+    """Write the weights, tensor by tensor, and then `mark`, which says whose they are."""
+    part = converted + ".part"
+    try:
+        with open(part, "wb") as file:
+            load_gpt2_params_from_tf_ckpt(
+                tf_ckpt_path, hparams, lambda tensor: file.write(tensor.ravel(order="K"))
+            )
+            file.write(mark)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, converted)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: tensor):
+    """Read a TensorFlow checkpoint into nested dicts of float32 arrays, as `gpt2` takes them.
+
+    `keep` says what to put in the place of each tensor as it arrives. Raises ValueError for a
+    damaged file, and for a tensor that is missing or not of the shape that `hparams` ask for;
+    OSError where TensorFlow or the machine fails.
+    """
+    n_layer = hparams["n_layer"]
+    with progress(desc="converting", total=4 + 12 * n_layer, unit=" tensors") as bar:
+        tf = import_tensorflow()
+
+        def read(name, *shape):
+            bar.update()
+            found = shapes.get(f"model/{name}", "missing")
+            if found not in ([*shape], [1, *shape]):
+                fault = f"model/{name} is {found}, but hparams.json says {[*shape]}"
+                raise ValueError(f"{tf_ckpt_path}.*: {fault}")
+            tensor = checkpoint.get_tensor(f"model/{name}").reshape(shape)
+            return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
+
+        path = tf_ckpt_path + ".index"
+        try:
+            checkpoint = tf.train.load_checkpoint(tf_ckpt_path)
+            shapes, path = checkpoint.get_variable_to_shape_map(), tf_ckpt_path + SHARD
+            if f"model/h{n_layer}/ln_1/g" in shapes:
+                fault = f"more layers than n_layer in hparams.json, {n_layer}"
+                raise ValueError(f"{tf_ckpt_path}.*: {fault}")
+            return build_params(hparams, read)
+        except (tf.errors.OpError, IndexError, RuntimeError) as error:
+            fault = f"{tf_ckpt_path}.*: {os.path.basename(path)}: {str(error).splitlines()[0]}"
+            if re.search("checksum|sstable|less bytes", fault, re.IGNORECASE):
+                raise DamagedError(path, fault) from None
+            raise OSError(fault) from None
+
+
+def import_tensorflow():
+    """Import TensorFlow without its messages; raises OSError that says what to do without it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow
+    except Exception as error:  # whatever a package that does not fit raises
+        fault = f"TensorFlow, which reads OpenAI's checkpoints, cannot be imported: {error}"
+        advice = "Install it, or copy the folder from where it was converted, params.f32 included; "
+        advice += "a model in Hugging Face's layout needs none."
+        raise OSError(f"{fault}\n{advice}") from None
+    return tensorflow
+
+
+# --- Command: what a shell hands over, what it gets back ---
 
 
 def command_line(main):
-    """Run `main` with the arguments of the shell; a mistake ends in a line that says what to do."""
+    """Run `main` with the arguments of the shell; a mistake ends in a line that says what to do.
 
-    @functools.wraps(main)
-    def plan(*args, **kwargs):
-        return types.SimpleNamespace(_run=functools.partial(main, *args, **kwargs))
+    What `main` returns is printed, or, if it takes an argument `show`, what it gives to that.
+    """
+    # Where the shell closed it, no other file is to come in its place.
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    shown = []
+
+    def show(piece):
+        shown.append(piece)
+        print(piece, end="", flush=True)
 
     try:
-        import fire
-
-        fire.parser.DefaultParseValue = str  # otherwise the prompt 42 would arrive as a number
+        if sys.stdout is None:
+            raise OSError("Standard output is closed.")
         sys.stdout.reconfigure(errors="replace")  # for a terminal that knows fewer characters
-        # Run last, so that a word too many stops it first; no prompt is the NUL, as "-" might be.
-        arguments = [*sys.argv[1:], "--", "--separator=\0"]
-        fire.Fire(plan, arguments, serialize=lambda planned: planned._run())
+        text = read_arguments(main)(show)
+        return print("" if shown else text, flush=True)
     except ImportError as error:
-        sys.exit(f"{error}: pip install -r requirements.txt")
+        status = f"{error}: pip install -r requirements.txt"
     except BrokenPipeError:  # whoever reads has enough, as `head` may
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        sys.exit(f"{error}")
+        status = 141
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except (MemoryError, OSError, ValueError) as error:
+        status = str(error) or "There is not enough memory."
+    try:
+        print(end="\n" if any(shown) else "", flush=True)
+    except OSError:  # Python, when it ends, is not to try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def read_arguments(main):
+    """Return a call of `main` with what Fire reads from the shell, as text; it takes `show`."""
+    import fire
+
+    def note(*args, **kwargs):
+        noted.update(inspect.signature(note).bind(*args, **kwargs).arguments)
+
+    noted, signature = {}, inspect.signature(main)
+    typed = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    if typed and typed[0].name == "prompt":
+        typed[0] = typed[0].replace(default=None)
+    functools.update_wrapper(note, main).__signature__ = signature.replace(parameters=typed)
+    if {"-h", "--help"} & {*sys.argv}:
+        trace = fire.trace.FireTrace(note, name=os.path.basename(sys.argv[0]))
+        return lambda show: fire.helptext.HelpText(note, trace)
+    fire.parser.DefaultParseValue = str  # otherwise the prompt 42 would arrive as a number
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # - by itself would be Fire's separator
+            fire.Fire(note, ["--prompt=-" if word == "-" else word for word in sys.argv[1:]])
+    except fire.core.FireExit as error:
+        fault = error.trace.elements[-1].ErrorAsStr()
+        raise ValueError(f"{fault}\npython {sys.argv[0]} --help tells what it takes.") from None
+    if typed and typed[0].name == "prompt":
+        noted["prompt"] = read_prompt(noted.get("prompt"))
+    return lambda show: main(**noted, **({"show": show} if "show" in signature.parameters else {}))
+
+
+def read_prompt(prompt):
+    """Return the prompt, from standard input where it is - or left out."""
+    if prompt in (None, "-"):
+        silent = sys.stdin is None or (prompt is None and sys.stdin.isatty())
+        content = b"" if silent else sys.stdin.buffer.read()
+        if prompt is None and not content:
+            raise ValueError(f"There is no prompt: see python {sys.argv[0]} --help")
+        try:
+            prompt = re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Standard input is not UTF-8: {error.reason}") from None
+    if prompt.endswith(" "):
+        say("The prompt ends in a space, but GPT-2's words begin with theirs: better leave it out.")
+    return prompt
+
+
+def whole_number(name, value):
+    """Read a count, which may be text; raises ValueError if it is not 0, 1, 2 ..."""
+    if not str(value).isdecimal():
+        raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
+    return int(value)
+
+
+def picker(sample, temperature, top_k, top_p, seed):
+    """Return what chooses each token: the likeliest at temperature 0, else a draw by `sample`."""
+    try:
+        temperature, top_p = float(temperature), float(top_p)
+    except ValueError as error:
+        raise ValueError(f"temperature and top_p must be numbers: {error}") from None
+    top_k = None if top_k is None else whole_number("top_k", top_k)
+    random = np.random.default_rng(None if seed is None else whole_number("seed", seed))
+    limits = {"temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p}
+    sample(np.zeros(1), np.random.default_rng(0), **limits)  # a fault is told before any download
+    return functools.partial(sample, random=random, **limits) if temperature else np.argmax
