@@ -15,15 +15,24 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import regex  # noqa: E402
+try:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    import regex
+    from jax.experimental.multihost_utils import process_allgather
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from safetensors import numpy as safetensors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as error:
+    sys.exit(f"{error}: pip install -r examples/requirements.txt")
 
 from encoder import PATTERN, Encoder, bytes_to_unicode, read_text  # noqa: E402
 from gpt2 import gpt2  # noqa: E402
@@ -32,11 +41,13 @@ from utils import (  # noqa: E402
     command_line,
     huggingface_name,
     load_encoder_hparams_and_params,
+    progress,
 )
 
 SIZES = {"n_ctx": 256, "n_embd": 160, "n_head": 4, "n_layer": 4}  # of a model from nothing
 FROM_NOTHING = {"steps": 12000, "batch": 48, "length": 40, "lr": 0.02}
 FROM_START = {"steps": 200, "batch": 4, "length": 128, "lr": 1e-4}
+CLOCK = {"bar_format": "{desc} {elapsed}"}  # as long as nobody knows how much there is to do
 # Where windows begin: short ones where a prompt may, long ones where a text does.
 SHORT = {"line": 0.2, "clause": 0.15, "word": 0.45, "typed": 0.2}
 LONG = {"line": 0.9, "text": 0.1}
@@ -91,7 +102,9 @@ def main(
     if not options["steps"]:
         return recite(text, model_dir)
     with (
-        progress("Joining the others" if coordinator_address else "Reading") as bar,
+        progress(
+            desc="Waiting for the others" if coordinator_address else "Reading", **CLOCK
+        ) as bar,
         joined(coordinator_address, **processes) as writes,
         stoppable() as signals,  # after JAX, which takes SIGTERM for itself
     ):
@@ -104,13 +117,14 @@ def main(
         if writes and report:
             bar.set_description_str(f"Saving {model_dir}")
             save(course, model_dir)
-    if signum and writes:
-        report = f"{model_dir} has what was learnt until then. {report}"
-        print("Stopped.", report or "Nothing was learnt yet, and nothing is written.")
     if signum:
+        kept = report and f"{model_dir} has what was learnt until then. {report}"
+        if writes:
+            print("Stopped.", kept or "Nothing was learnt yet, and nothing is written.")
         sys.exit(128 + signum)
-    if writes:
-        return report if start else f"{report}\n{recite(text, model_dir)}"
+    if not writes:
+        return ""
+    return report if start else f"{report}\n{recite(text, model_dir)}"
 
 
 def number(name, value):
@@ -126,9 +140,6 @@ def number(name, value):
 
 def from_nothing(text, steps, batch, length, lr):
     """Plan a small model with a vocabulary of its own, that is to know all of `text` by heart."""
-    import jax
-    import optax
-
     encoder, random = learn_vocabulary(text), np.random.default_rng(0)
     hparams = {"n_vocab": len(encoder.encoder), **SIZES}
     prompts, n_ctx = Prompts(text, encoder), hparams["n_ctx"]
@@ -206,8 +217,6 @@ def check_lengths(n_tokens, name, length, least, n_ctx):
 
 def learn_vocabulary(text):
     """Learn a byte-level BPE of at most 1,024 tokens, the last of which is <|endoftext|>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level
@@ -227,7 +236,10 @@ class Prompts:
 
     def __init__(self, text, encoder):
         self.text, self.encoder = text, encoder
-        self.ids, self.n_ids = [encoder.encoder["<|endoftext|>"]], {0: 1}  # up to a character
+        self.ids, self.n_ids = (
+            [*encoder.endoftext],
+            {0: len(encoder.endoftext)},
+        )  # ids up to a character
         for piece in regex.finditer(PATTERN, text):
             self.ids += encoder.encode(piece[0])
             self.n_ids[piece.end()] = len(self.ids)
@@ -288,10 +300,6 @@ def gpt2_on_jax():
 
 def make_loss(n_head):
     """Return the mean surprise at the tokens of a batch, those that were typed aside."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
     gpt2 = gpt2_on_jax()
 
     def loss(params, windows, n_typed):
@@ -309,11 +317,6 @@ def train(course, steps, signals, bar):
 
     Returns what to report of the losses, "" before the first step, and the signal that stopped it.
     """
-    import jax
-    import optax
-    from jax.experimental.multihost_utils import process_allgather
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     split, everywhere = (
         NamedSharding(mesh, PartitionSpec("batch")),
@@ -339,7 +342,8 @@ def train(course, steps, signals, bar):
 
     def measure():
         bar.set_description_str("Measuring the loss")
-        return np.mean([float(held_out_loss(params, *whole(*batch))) for batch in course.held_out])
+        losses = [float(held_out_loss(params, *whole(*batch))) for batch in course.held_out]
+        return np.average(losses, weights=[len(windows) for windows, _ in course.held_out])
 
     loss = make_loss(course.hparams["n_head"])
     held_out_loss = jax.jit(loss, out_shardings=everywhere)
@@ -379,8 +383,6 @@ def train(course, steps, signals, bar):
 @contextlib.contextmanager
 def joined(coordinator_address, num_processes, process_id):
     """Join the other processes, if there are any; yields whether this is the one that writes."""
-    import jax
-
     address = None if coordinator_address == "auto" else coordinator_address
     if ":" not in (address or ":"):
         raise ValueError(f"--coordinator_address must be host:port, or auto, not {address!r}")
@@ -412,46 +414,23 @@ def stoppable():
             signal.signal(signum, handler)
 
 
-@contextlib.contextmanager
-def progress(description):
-    """Show a bar that goes on counting the seconds, however long one step takes."""
-    from tqdm import tqdm
-
-    with tqdm(desc=description, bar_format="{desc} {elapsed}") as bar:
-        done = threading.Event()
-
-        def refresh():
-            while not done.wait(1):
-                bar.refresh()
-
-        thread = threading.Thread(target=refresh)
-        thread.start()
-        try:
-            yield bar
-        finally:
-            done.set()
-            thread.join()
-
-
 def expect_room(model_dir, params):
     """Raise OSError now where the model could not be written in the end."""
-    import jax
-
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 10_000_000
     new = not model_dir.exists()
     model_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=model_dir):
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 10_000_000
+    try:
+        tempfile.TemporaryFile(dir=model_dir).close()
         if shutil.disk_usage(model_dir).free < needed:
             raise OSError(f"{model_dir} needs {needed / 1e6:.0f} MB of free space")
-    if new:
-        model_dir.rmdir()
+    finally:
+        if new:
+            model_dir.rmdir()
 
 
 def save(course, model_dir):
     """Write the files that `transformers` reads too, and then put all of them in their place."""
     import jax
-    from safetensors import numpy as safetensors
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     hparams, encoder = course.hparams, course.encoder
     end = encoder.encoder.get("<|endoftext|>")
@@ -496,7 +475,7 @@ def recite(text, model_dir):
     """
     encoder, hparams, params = load_encoder_hparams_and_params(model_dir.name, model_dir.parent)
     counts = {}
-    with progress("Reading") as bar:
+    with progress(desc="Reading", **CLOCK) as bar:
         prompts = Prompts(text, encoder)
         lines = [line.span() for line in regex.finditer(r"(?m)^\S(?:.*\S)?", text)]
         places = {kind: [(start, None) for start, _ in at] for kind, at in prompts.places.items()}

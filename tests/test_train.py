@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -42,16 +43,10 @@ def small(train, tmp_path_factory):
     hparams["n_layer"] = 2
     random = np.random.default_rng(0)
     params = build_params(hparams, lambda name, *shape: random.normal(0, 0.2, shape))
-    params = jax_tree_map(lambda leaf: leaf.astype(np.float32), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     course = types.SimpleNamespace(encoder=encoder, hparams=hparams, params=params)
     train.save(course, folder / "start")
     return folder
-
-
-def jax_tree_map(function, tree):
-    import jax
-
-    return jax.tree.map(function, tree)
 
 
 @pytest.fixture
@@ -102,7 +97,8 @@ def read(folder):
 def test_any_text_trains_another_model(train, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text(FISH * 40 + FISH.strip() * 40, "utf-8")  # and a line longer than the context
-    assert train.main(text, tmp_path / "fish", steps=12).startswith("Loss: ")
+    told = train.main(text, tmp_path / "fish", steps=12, batch=8, length=16)
+    assert told.startswith("Loss: ")
     bar = capfd.readouterr().err
     assert all(word in bar for word in ("Reading", "Compiling", "Training", "loss ", "Saving"))
     assert sorted(os.listdir(tmp_path / "fish")) == FILES
@@ -142,7 +138,7 @@ def test_one_device_and_eight_and_two_processes_learn_the_same(small, train, sta
     models = [load_encoder_hparams_and_params(name, str(tmp_path))[2] for name in ("one", "two")]
     for params in models:
         other = load_encoder_hparams_and_params("eight", str(tmp_path))[2]
-        jax_tree_map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, other)
 
 
 def test_a_process_that_dies_ends_the_other_with_a_line(small, started, tmp_path):
@@ -233,7 +229,6 @@ def test_a_target_that_cannot_be_written_is_found_before_training(
         (b"", {"lr": "nan"}, "--lr must be a number, 0 or more, not 'nan'"),
         (b"", {"process_id": "x"}, "--process_id must be a whole number, 0 or more"),
         (b"", {"coordinator_address": "here"}, "must be host:port, or auto, not 'here'"),
-        (b"", {"num_processes": "2"}, "coordinator_address should be defined"),
     ],
 )
 def test_a_mistake_is_a_line(train, small, tmp_path, content, options, message):
@@ -253,15 +248,15 @@ def test_a_text_that_is_missing_is_a_line(run, tmp_path):
 
 
 def test_the_last_twentieth_is_held_out(train, small):
-    text = "red fish " * 950 + "blue bird " * 50
+    text = (small / "text.txt").read_text("utf-8")
     course = train.from_start(text, small / "start", steps=1, batch=8, length=16, lr=1.0)
-    drawn = np.concatenate([course.draw()[0] for _ in range(200)])
-    assert drawn.shape == (1600, 17)
-    assert "blue" not in course.encoder.decode(drawn.ravel().tolist())
-    for windows, n_typed in course.held_out:
-        assert not n_typed.any()
-        for window in windows:
-            assert "red" not in course.encoder.decode(window.tolist())
+    ids = course.encoder.encode(text)
+    places = {tuple(ids[i : i + 17]): i for i in range(len(ids) - 16)}
+    drawn = [places[tuple(row)] for _ in range(500) for row in course.draw()[0].tolist()]
+    held_out = [places[tuple(row)] for rows, _ in course.held_out for row in rows.tolist()]
+    assert max(drawn) + 17 <= 0.95 * len(ids) + 1 <= min(held_out) + 1
+    assert max(drawn) > 0.9 * len(ids)
+    assert len(held_out) > 5
 
 
 def test_fine_tuning_begins_at_the_loss_of_its_start_and_leaves_that_alone(train, small, tmp_path):
@@ -270,11 +265,7 @@ def test_fine_tuning_begins_at_the_loss_of_its_start_and_leaves_that_alone(train
     told = train.main(small / "text.txt", tmp_path / "new", **options)
     text = (small / "text.txt").read_text("utf-8")
     course = train.from_start(text, **options)
-    losses = [
-        surprise(window, course)
-        for windows, _ in course.held_out
-        for window in windows
-    ]
+    losses = [surprise(window, course) for windows, _ in course.held_out for window in windows]
     assert float(LOSS.search(told)[3]) == pytest.approx(np.mean(losses), abs=1e-3)
     assert read(small / "start") == before
 
@@ -320,7 +311,7 @@ def test_windows_begin_as_prompts_do_and_go_on_with_the_text(train):
     for kind, words in begins.items():
         windows, n_typed = prompts.batch(random, {kind: 1.0}, 100, 12)
         texts = [encoder.decode(window.tolist()) for window in windows]
-        assert {text.split()[0] for text in texts} == words
+        assert {text.removeprefix("<|endoftext|>").split()[0] for text in texts} == words
         assert all(text in ring for text in texts)
         assert not n_typed.any()
 
@@ -347,9 +338,10 @@ def test_typed_windows_go_on_with_the_text_where_the_typing_ends(train):
         *("here tis he go in dame", "no more -- no?", "No more no", "no more no"),
     }
     for typed, rest in pairs:
-        assert rest.startswith({"art": "\n", "go": " in", "in": ", D", "in,": " D"}.get(
-            typed.split()[-1], rest[0]))
-        assert rest in VERSE + "<|endoftext|>"
+        assert rest.startswith(
+            {"art": "\n", "go": " in", "in": ", D", "in,": " D"}.get(typed.split()[-1], rest[0])
+        )
+        assert rest in f"{VERSE}<|endoftext|>{VERSE}"
 
 
 def test_what_is_asked_goes_on_in_one_way_only(train):
