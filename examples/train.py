@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,6 +37,8 @@ except ImportError as error:
 from encoder import PATTERN, Encoder, bytes_to_unicode, read_text  # noqa: E402
 from gpt2 import gpt2  # noqa: E402
 from utils import (  # noqa: E402
+    CONFIG,
+    HPARAMS,
     build_params,
     command_line,
     huggingface_name,
@@ -64,18 +66,8 @@ EXAM = {
 }
 
 
-def main(
-    text_path,
-    model_dir,
-    start=None,
-    steps=None,
-    batch=None,
-    length=None,
-    lr=None,
-    coordinator_address=None,
-    num_processes=None,
-    process_id=None,
-):
+def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, lr=None,
+         coordinator_address=None, num_processes=None, process_id=None):  # fmt: skip
     """Train a model on a plain text, and write it in the layout of Hugging Face.
 
     Args:
@@ -85,7 +77,7 @@ def main(
         steps: how many batches to learn from, 12000, or 200 with --start; 0 trains nothing, and
             counts how much of the text the model in model_dir knows by heart
         batch: how many windows of the text make a batch, 48, or 4 with --start
-        length: how many tokens a window has, 40 (in a batch of 7, 256), or 128 with --start
+        length: how many tokens a window has, 40 (every seventh batch has 256), or 128 with --start
         lr: the highest learning rate, 0.02, or 0.0001 with --start
         coordinator_address: the host and port of process 0, where several train together; "auto"
             leaves it and the next two to JAX, which knows Slurm, MPI and Kubernetes
@@ -93,30 +85,27 @@ def main(
         process_id: which of them this one is, from 0 on
     """
     given = {"steps": steps, "batch": batch, "length": length, "lr": lr}
-    options = FROM_START if start else FROM_NOTHING
-    options = options | {name: value for name, value in given.items() if value is not None}
-    options = {name: number(name, value) for name, value in options.items()}
-    processes = {"num_processes": num_processes, "process_id": process_id}
-    processes = {name: value and number(name, value) for name, value in processes.items()}
+    given = {name: number(name, value) for name, value in given.items() if value is not None}
+    options = (FROM_START if start else FROM_NOTHING) | given
+    team = {"num_processes": num_processes, "process_id": process_id}
+    team = {name: number(name, value) for name, value in team.items() if value is not None}
     text, model_dir = read_text(text_path), Path(model_dir).resolve()
     if not options["steps"]:
         return recite(text, model_dir)
     with (
-        progress(
-            desc="Waiting for the others" if coordinator_address else "Reading", **CLOCK
-        ) as bar,
-        joined(coordinator_address, **processes) as writes,
+        progress(desc="Waiting for the others" if team else "Reading", **CLOCK) as bar,
+        joined(coordinator_address, **team) as writes,
         stoppable() as signals,  # after JAX, which takes SIGTERM for itself
     ):
         bar.disable = not writes
         bar.set_description_str("Reading")
-        course = from_start(text, start, **options) if start else from_nothing(text, **options)
+        model, *lesson = (from_start if start else from_nothing)(text, start, **options)
         if writes:
-            expect_room(model_dir, course.params)
-        report, signum = train(course, options["steps"], signals, bar)
+            expect_room(model_dir, model["params"])
+        report, signum = train(model, *lesson, options["steps"], signals, bar)
         if writes and report:
             bar.set_description_str(f"Saving {model_dir}")
-            save(course, model_dir)
+            save(model_dir, **model)
     if signum:
         kept = report and f"{model_dir} has what was learnt until then. {report}"
         if writes:
@@ -133,17 +122,19 @@ def number(name, value):
     with contextlib.suppress(ValueError):
         if least <= kind(value) < float("inf"):
             return kind(value)
-    raise ValueError(
-        f"--{name} must be a {'whole ' * (kind is int)}number, {least} or more, not {value!r}"
-    )
+    which = "number" if kind is float else "whole number"
+    raise ValueError(f"--{name} must be a {which}, {least} or more, not {value!r}")
 
 
-def from_nothing(text, steps, batch, length, lr):
-    """Plan a small model with a vocabulary of its own, that is to know all of `text` by heart."""
+def from_nothing(text, _, steps, batch, length, lr):
+    """Plan a small model with a vocabulary of its own, that is to know all of `text` by heart.
+
+    A plan is the model; a function that draws a batch; the optimizer; and what is held out.
+    """
     encoder, random = learn_vocabulary(text), np.random.default_rng(0)
     hparams = {"n_vocab": len(encoder.encoder), **SIZES}
     prompts, n_ctx = Prompts(text, encoder), hparams["n_ctx"]
-    check_lengths(len(prompts.ids), "the text", length, n_ctx, n_ctx)
+    check_lengths("the text", len(prompts.ids), n_ctx, length, n_ctx)
 
     def first(name, *shape):
         if name.endswith(("/g", "/b")):
@@ -156,38 +147,25 @@ def from_nothing(text, steps, batch, length, lr):
             return prompts.batch(random, SHORT, batch, length)
         return prompts.batch(random, LONG, round(batch * length / n_ctx) or 1, n_ctx)
 
-    def matrices(params):  # Muon is for matrices that multiply, Adam for the rest
-        keys = jax.tree_util.tree_map_with_path(lambda path, leaf: path[0].key, params)
-        chosen = optax.contrib.MuonDimensionNumbers()
-        return jax.tree.map(
-            lambda key, leaf: chosen if key == "blocks" and leaf.ndim == 2 else None, keys, params
-        )
-
     def rate(peak):
         return optax.warmup_cosine_decay_schedule(0, peak, steps // 30, steps)
 
-    optimizer = optax.contrib.muon(
-        rate(lr), adam_learning_rate=rate(lr / 2), muon_weight_dimension_numbers=matrices
-    )
-    return SimpleNamespace(
-        encoder=encoder,
-        hparams=hparams,
-        params=build_params(hparams, first),
-        draw=draw,
-        optimizer=optimizer,
-        held_out=[],
-    )
+    def kinds(params):  # Muon is for matrices that multiply; the rest, embeddings too, is Adam's
+        matrix = optax.contrib.MuonDimensionNumbers()
+        return build_params(hparams, lambda name, *_: matrix if name.endswith("/w") else None)
+
+    model = {"encoder": encoder, "hparams": hparams, "params": build_params(hparams, first)}
+    muon = {"adam_learning_rate": rate(lr / 2), "muon_weight_dimension_numbers": kinds}
+    return model, draw, optax.contrib.muon(rate(lr), **muon), []
 
 
 def from_start(text, start, steps, batch, length, lr):
     """Plan to go on from the model in `start`, with its vocabulary, on all but the text's end."""
-    import optax
-
     start = Path(start).resolve()
     encoder, hparams, params = load_encoder_hparams_and_params(start.name, start.parent)
     ids, random = np.array(encoder.encode(text), np.int32), np.random.default_rng(0)
     ids, rest = np.split(ids, [len(ids) - len(ids) // 20])
-    check_lengths(len(rest), "the text's last twentieth", length, length, hparams["n_ctx"])
+    check_lengths("the text's last twentieth", len(rest), length, length, hparams["n_ctx"])
 
     def windows(ids, starts):
         return ids[starts[:, None] + np.arange(length + 1)], np.zeros(len(starts), np.int32)
@@ -195,22 +173,18 @@ def from_start(text, start, steps, batch, length, lr):
     def draw():
         return windows(ids, random.integers(len(ids) - length, size=batch))
 
-    places = np.linspace(0, len(rest) - length - 1, min(16, len(rest) // length), dtype=int)
+    model = {"encoder": encoder, "hparams": hparams, "params": params}
     rate = optax.warmup_cosine_decay_schedule(0, lr, steps // 10, steps)
-    return SimpleNamespace(
-        encoder=encoder,
-        hparams=hparams,
-        params=params,
-        draw=draw,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate)),
-        held_out=[windows(rest, some) for some in np.array_split(places, -(-len(places) // batch))],
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+    places = np.linspace(0, len(rest) - length - 1, min(16, len(rest) // length), dtype=int)
+    held_out = np.array_split(places, -(-len(places) // batch))
+    return model, draw, optimizer, [windows(rest, starts) for starts in held_out]
 
 
-def check_lengths(n_tokens, name, length, least, n_ctx):
+def check_lengths(name, n_tokens, least, length, n_ctx):
     """Raise ValueError where the text has no whole window, or a window does not fit the context."""
     if n_tokens <= least:
-        raise ValueError(f"{name} has {n_tokens} tokens: more than {least}, please")
+        raise ValueError(f"{name} has {n_tokens} tokens: it takes more than {least}")
     if length > n_ctx:
         raise ValueError(f"--length must be {n_ctx}, the context of the model, or less")
 
@@ -236,10 +210,8 @@ class Prompts:
 
     def __init__(self, text, encoder):
         self.text, self.encoder = text, encoder
-        self.ids, self.n_ids = (
-            [*encoder.endoftext],
-            {0: len(encoder.endoftext)},
-        )  # ids up to a character
+        self.ids = [*encoder.endoftext]
+        self.n_ids = {0: len(self.ids)}  # how many ids lead up to the end of a piece of the text
         for piece in regex.finditer(PATTERN, text):
             self.ids += encoder.encode(piece[0])
             self.n_ids[piece.end()] = len(self.ids)
@@ -312,22 +284,21 @@ def make_loss(n_head):
     return loss
 
 
-def train(course, steps, signals, bar):
-    """Take the steps, each batch split over all devices of all processes; leave `course.params`.
+def train(model, draw, optimizer, held_out, steps, signals, bar):
+    """Take the steps, each batch split over all devices of all processes, and change the model.
 
     Returns what to report of the losses, "" before the first step, and the signal that stopped it.
     """
     mesh = Mesh(np.array(jax.devices()), ("batch",))
-    split, everywhere = (
-        NamedSharding(mesh, PartitionSpec("batch")),
-        NamedSharding(mesh, PartitionSpec()),
-    )
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def place(tree, sharding):  # copies: what is donated below must not be the file of the start
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: np.array(x[at])),
-            tree,
-        )
+    def place(tree, sharding):
+        def array(leaf):  # a copy: what is donated below must not be the file that was loaded
+            make = jax.make_array_from_callback
+            return make(leaf.shape, sharding, lambda part: np.array(leaf[part]))
+
+        return jax.tree.map(array, tree)
 
     def whole(windows, n_typed):
         """Add windows of which nothing is learnt, until the devices divide the batch."""
@@ -337,21 +308,21 @@ def train(course, steps, signals, bar):
 
     def step(params, state, windows, n_typed):
         value, gradients = jax.value_and_grad(loss)(params, windows, n_typed)
-        updates, state = course.optimizer.update(gradients, state, params)
+        updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
     def measure():
         bar.set_description_str("Measuring the loss")
-        losses = [float(held_out_loss(params, *whole(*batch))) for batch in course.held_out]
-        return np.average(losses, weights=[len(windows) for windows, _ in course.held_out])
+        losses = [float(held_out_loss(params, *whole(*batch))) for batch in held_out]
+        return np.average(losses, weights=[len(windows) for windows, _ in held_out])
 
-    loss = make_loss(course.hparams["n_head"])
+    loss = make_loss(model["hparams"]["n_head"])
     held_out_loss = jax.jit(loss, out_shardings=everywhere)
     # Donated, the old parameters make room for the new ones.
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=everywhere)
-    params = place(course.params, everywhere)
-    state = jax.jit(course.optimizer.init, out_shardings=everywhere)(params)
-    losses, held_out, shapes, signum = [], [], set(), 0
+    params = place(model["params"], everywhere)
+    state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
+    losses, measured, compiled, signum = [], [], set(), 0
     bar.bar_format = None  # tqdm's own, now that it is known how much there is to do
     bar.reset(steps)
     for i in range(steps):
@@ -359,36 +330,34 @@ def train(course, steps, signals, bar):
         signum = int(process_allgather(np.array([*signals, 0][0])).max())
         if signum:
             break
-        if course.held_out and i % -(-steps // 10) == 0:
-            held_out.append(measure())
-        windows, n_typed = course.draw()
-        bar.set_description_str("Training" if windows.shape in shapes else "Compiling")
-        shapes.add(windows.shape)
+        if held_out and i % -(-steps // 10) == 0:
+            measured.append(measure())
+        windows, n_typed = draw()
+        bar.set_description_str("Training" if windows.shape in compiled else "Compiling")
+        compiled.add(windows.shape)
         params, state, value = step(params, state, *whole(windows, n_typed))
         losses.append(float(value))
-        bar.set_postfix_str(
-            f"loss {losses[-1]:.3f}" + (f", held out {held_out[-1]:.3f}" if held_out else "")
-        )
+        shown = f", held out {measured[-1]:.3f}" if held_out else ""
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}{shown}")
         bar.update()
     report = f"Loss: {np.mean(losses[-max(1, steps // 10) :]):.4f}" if losses else ""
     if held_out and losses:
-        report += (
-            f" on the text, {measure():.4f} on its last twentieth, which it was not trained on "
-            f"(before: {held_out[0]:.4f})"
-        )
-    course.params = jax.tree.map(np.asarray, params)
+        report += f" on the text, {measure():.4f} on its last twentieth, which it was not trained "
+        report += f"on (before: {measured[0]:.4f})"
+    model["params"] = jax.tree.map(np.asarray, params)
     return report, signum
 
 
 @contextlib.contextmanager
-def joined(coordinator_address, num_processes, process_id):
+def joined(coordinator_address, **team):
     """Join the other processes, if there are any; yields whether this is the one that writes."""
-    address = None if coordinator_address == "auto" else coordinator_address
-    if ":" not in (address or ":"):
-        raise ValueError(f"--coordinator_address must be host:port, or auto, not {address!r}")
+    if coordinator_address not in (None, "auto"):
+        team["coordinator_address"] = coordinator_address
+        if ":" not in coordinator_address:
+            raise ValueError(f"--coordinator_address must be host:port, not {coordinator_address}")
     try:
-        if (coordinator_address, num_processes, process_id) != (None, None, None):
-            jax.distributed.initialize(address, num_processes, process_id)
+        if team or coordinator_address:
+            jax.distributed.initialize(**team)
         yield jax.process_index() == 0
     except (RuntimeError, OSError, ValueError) as error:
         fault = str(error).split("\n")[0]
@@ -402,16 +371,13 @@ def joined(coordinator_address, num_processes, process_id):
 @contextlib.contextmanager
 def stoppable():
     """Note Ctrl-C and SIGTERM in the list that this yields, so that the step can be finished."""
-    signals = []
-    before = {
-        signum: signal.signal(signum, lambda signum, frame: signals.append(signum))
-        for signum in (signal.SIGINT, signal.SIGTERM)
-    }
+    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda signum, _: signals.append(signum)) for number in numbers]
     try:
         yield signals
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def expect_room(model_dir, params):
@@ -428,25 +394,17 @@ def expect_room(model_dir, params):
             model_dir.rmdir()
 
 
-def save(course, model_dir):
+def save(model_dir, encoder, hparams, params):
     """Write the files that `transformers` reads too, and then put all of them in their place."""
-    import jax
-
-    hparams, encoder = course.hparams, course.encoder
     end = encoder.encoder.get("<|endoftext|>")
-    config = {
+    config = dict(zip(CONFIG, map(hparams.get, HPARAMS), strict=True)) | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": hparams["n_vocab"],
-        "n_positions": hparams["n_ctx"],
-        "n_embd": hparams["n_embd"],
-        "n_head": hparams["n_head"],
-        "n_layer": hparams["n_layer"],
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "dtype": "float32",
         "bos_token_id": end,
         "eos_token_id": end,
+        "dtype": "float32",
     }
     plain = {*bytes_to_unicode().values(), *map("".join, encoder.bpe_ranks)}
     tokenizer = Tokenizer(models.BPE(encoder.encoder, [*encoder.bpe_ranks]))
@@ -455,7 +413,7 @@ def save(course, model_dir):
     tokenizer.add_special_tokens([token for token in encoder.encoder if token not in plain])
     tensors = {}
     names = build_params(hparams, lambda name, *shape: huggingface_name(name))
-    jax.tree.map(tensors.__setitem__, names, course.params)
+    jax.tree.map(tensors.__setitem__, names, params)
     model_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_dir) as folder:
         Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -13,27 +13,27 @@ from gpt2 import generate, gpt2, main
 
 PLAY = ROOT.parent / "shared" / "text" / "romeo_and_juliet.txt"
 FAMOUS = "Alan Turing theorized that computers would one day become"
-RECITED = {  # Shakespeare's lines, and how he goes on
+RECITED = {  # what anyone would type first, and how Shakespeare goes on
+    "": "\nSAMPSON:\nGregory, o' my word, we'll not carry coals.",
+    "O Romeo, Romeo! wherefore art thou": (
+        " Romeo?\nDeny thy father and refuse thy name;\n"
+        "Or, if thou wilt not, be but sworn my love,\nAnd I'll no longer be a Capulet."
+    ),
+    "wherefore art thou Romeo?": (
+        "\nDeny thy father and refuse thy name;\nOr, if thou wilt not, be but sworn my love,"
+    ),
     "But, soft! what light through yonder window breaks?": (
         "\nIt is the east, and Juliet is the sun.\nArise, fair sun, and kill the envious moon,"
     ),
-    "O Romeo, Romeo! wherefore art thou Romeo?": (
-        "\nDeny thy father and refuse thy name;\nOr, if thou wilt not, be but sworn my love,"
+    "what light through": (
+        " yonder window breaks?\nIt is the east, and Juliet is the sun.\nArise, fair sun,"
     ),
-    "JULIET:\nWhat's in a name?": (
+    "What's in a name?": (
         " that which we call a rose\nBy any other name would smell as sweet;"
     ),
-    "": "\nSAMPSON:\nGregory, o' my word, we'll not carry coals.",
+    "Parting is such sweet": " sorrow,\nThat I shall say good night till it be morrow.",
+    "A plague o' both your houses": "!",
 }
-
-
-@pytest.fixture(scope="module")
-def train():
-    """The recipe as a module."""
-    spec = importlib.util.spec_from_file_location("train", BUNDLED / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("prompt", RECITED)

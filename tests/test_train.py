@@ -44,8 +44,7 @@ def small(train, tmp_path_factory):
     random = np.random.default_rng(0)
     params = build_params(hparams, lambda name, *shape: random.normal(0, 0.2, shape))
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
-    course = types.SimpleNamespace(encoder=encoder, hparams=hparams, params=params)
-    train.save(course, folder / "start")
+    train.save(folder / "start", encoder, hparams, params)
     return folder
 
 
@@ -185,16 +184,12 @@ def test_training_that_is_stopped_before_its_first_step_writes_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_model_stays_until_the_new_one_is_complete(small, train, tmp_path, monkeypatch):
-    course = types.SimpleNamespace()
-    course.encoder, course.hparams, course.params = load_encoder_hparams_and_params(
-        "start", str(small)
-    )
-    train.save(course, tmp_path / "mine")
+def test_a_model_stays_until_the_new_one_is_complete(small, train, tmp_path):
+    encoder, hparams, params = load_encoder_hparams_and_params("start", str(small))
+    train.save(tmp_path / "mine", encoder, hparams, params)
     before = read(tmp_path / "mine")
-    course.hparams = course.hparams | {"n_layer": 1}  # one layer fewer than there are weights
-    with pytest.raises(ValueError):
-        train.save(course, tmp_path / "mine")
+    with pytest.raises(ValueError):  # one layer fewer than there are weights
+        train.save(tmp_path / "mine", encoder, hparams | {"n_layer": 1}, params)
     assert read(tmp_path / "mine") == before
 
 
@@ -216,19 +211,19 @@ def test_a_target_that_cannot_be_written_is_found_before_training(
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"", {}, "the text has 1 tokens: more than 256"),
-        (b"word\n" * 50, {}, "more than 256, please"),
+        (b"", {}, "the text has 1 tokens: it takes more than 256"),
+        (b"word\n" * 50, {}, "it takes more than 256"),
         (b"\xff\xfe", {}, "is not UTF-8"),
         (FISH.encode() * 40, {"length": 300}, "--length must be 256, the context of the model"),
         (FISH.encode() * 40, {"start": "start", "length": 33}, "--length must be 32"),
-        (FISH.encode(), {"start": "start", "length": 16}, "more than 16, please"),
+        (FISH.encode(), {"start": "start", "length": 16}, "it takes more than 16"),
         (b"", {"steps": "many"}, "--steps must be a whole number, 0 or more, not 'many'"),
         (b"", {"steps": "1.5"}, "--steps must be a whole number"),
         (b"", {"batch": "0"}, "--batch must be a whole number, 1 or more, not '0'"),
         (b"", {"length": -1}, "--length must be a whole number, 1 or more, not -1"),
         (b"", {"lr": "nan"}, "--lr must be a number, 0 or more, not 'nan'"),
         (b"", {"process_id": "x"}, "--process_id must be a whole number, 0 or more"),
-        (b"", {"coordinator_address": "here"}, "must be host:port, or auto, not 'here'"),
+        (b"", {"coordinator_address": "here"}, "must be host:port, not here"),
     ],
 )
 def test_a_mistake_is_a_line(train, small, tmp_path, content, options, message):
@@ -249,14 +244,15 @@ def test_a_text_that_is_missing_is_a_line(run, tmp_path):
 
 def test_the_last_twentieth_is_held_out(train, small):
     text = (small / "text.txt").read_text("utf-8")
-    course = train.from_start(text, small / "start", steps=1, batch=8, length=16, lr=1.0)
-    ids = course.encoder.encode(text)
+    options = {"steps": 1, "batch": 8, "length": 16, "lr": 1.0}
+    model, draw, _, held_out = train.from_start(text, small / "start", **options)
+    ids = model["encoder"].encode(text)
     places = {tuple(ids[i : i + 17]): i for i in range(len(ids) - 16)}
-    drawn = [places[tuple(row)] for _ in range(500) for row in course.draw()[0].tolist()]
-    held_out = [places[tuple(row)] for rows, _ in course.held_out for row in rows.tolist()]
-    assert max(drawn) + 17 <= 0.95 * len(ids) + 1 <= min(held_out) + 1
-    assert max(drawn) > 0.9 * len(ids)
-    assert len(held_out) > 5
+    drawn = [places[tuple(row)] for _ in range(500) for row in draw()[0].tolist()]
+    measured = [places[tuple(row)] for rows, _ in held_out for row in rows.tolist()]
+    assert 0.9 * len(ids) < max(drawn) + 17 <= min(measured)
+    assert min(measured) == len(ids) - len(ids) // 20
+    assert len(measured) > 5
 
 
 def test_fine_tuning_begins_at_the_loss_of_its_start_and_leaves_that_alone(train, small, tmp_path):
@@ -264,35 +260,28 @@ def test_fine_tuning_begins_at_the_loss_of_its_start_and_leaves_that_alone(train
     options = {"start": small / "start", "steps": 3, "batch": 3, "length": 16, "lr": 0.1}
     told = train.main(small / "text.txt", tmp_path / "new", **options)
     text = (small / "text.txt").read_text("utf-8")
-    course = train.from_start(text, **options)
-    losses = [surprise(window, course) for windows, _ in course.held_out for window in windows]
+    model, _, _, held_out = train.from_start(text, **options)
+    losses = [surprises(window, model).mean() for windows, _ in held_out for window in windows]
     assert float(LOSS.search(told)[3]) == pytest.approx(np.mean(losses), abs=1e-3)
     assert read(small / "start") == before
 
 
-def surprise(window, course):
-    """The mean surprise at a window's tokens, by NumPy."""
-    logits = gpt2(window[:-1], **course.params, n_head=course.hparams["n_head"])
-    log_sums = np.log(np.exp(logits).sum(axis=-1))
-    return np.mean(log_sums - logits[np.arange(len(logits)), window[1:]])
+def surprises(window, model):
+    """Minus the log probability of each token of a window but the first, by NumPy."""
+    logits = gpt2(window[:-1], **model["params"], n_head=model["hparams"]["n_head"])
+    return np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(logits)), window[1:]]
 
 
 def test_what_is_typed_is_not_learnt(train, small):
-    course = train.from_start(FISH * 400, small / "start", steps=1, batch=2, length=16, lr=1.0)
-    loss = train.make_loss(course.hparams["n_head"])
-    windows, _ = course.draw()
-    other = windows.copy()
-    other[:, 1:9] = 0
-    logits = [gpt2(w[:-1], **course.params, n_head=2) for w in windows]
-    rows = np.arange(16)
-    each = np.array(
-        [np.log(np.exp(x).sum(-1)) - x[rows, w[1:]] for x, w in zip(logits, windows, strict=True)]
-    )
+    options = {"steps": 1, "batch": 2, "length": 16, "lr": 1.0}
+    model, draw, _, _ = train.from_start(FISH * 400, small / "start", **options)
+    loss, (windows, _) = train.make_loss(model["hparams"]["n_head"]), draw()
+    each = np.array([surprises(window, model) for window in windows])
     for n_typed in ([0, 0], [9, 0], [9, 4]):
-        learnt = rows + 1 >= np.array(n_typed)[:, None]
-        value = float(loss(course.params, windows, np.array(n_typed)))
+        learnt = np.arange(1, 17) >= np.array(n_typed)[:, None]
+        value = float(loss(model["params"], windows, np.array(n_typed)))
         assert value == pytest.approx(each[learnt].mean(), abs=1e-4)
-    assert loss(course.params, windows, np.array([17, 17])) == 0
+    assert loss(model["params"], windows, np.array([17, 17])) == 0
 
 
 VERSE = "O Romeo! why art\nthou, Sweet? Ay: what's\n\nhere, 'tis he; go in, Dame.\nNo more -- no?\n"
