@@ -318,8 +318,9 @@ def receive(url, part, start):
     import requests
 
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    bar = progress(desc=os.path.basename(part), unit="B", unit_scale=True)
-    with bar as bar, requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    get = functools.partial(requests.get, url, headers=headers, stream=True, timeout=TIMEOUT)
+    name = os.path.basename(part)
+    with progress(desc=name, unit="B", unit_scale=True) as bar, get() as response:
         status, told = response.status_code, response.headers
         if status == 416 and start:  # nothing is missing, or `part` is of another file
             complete = told.get("Content-Range") == f"bytes */{start}"
@@ -431,8 +432,15 @@ def progress(**options):
 
 def say(line):
     """Tell the user something that is not the text asked for."""
-    with contextlib.suppress(OSError):  # nobody listens
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        give_up(sys.stderr)
+
+
+def give_up(stream):
+    """Let what is left in a broken stream go nowhere, so that Python's end does not fail by it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --- Convert: a checkpoint of TensorFlow's to one flat file ---
@@ -563,8 +571,8 @@ def command_line(main):
         status = str(error) or "There is not enough memory."
     try:
         print(end="\n" if any(shown) else "", flush=True)
-    except OSError:  # Python, when it ends, is not to try again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        give_up(sys.stdout)
     sys.exit(status)
 
 

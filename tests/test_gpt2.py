@@ -1,8 +1,10 @@
 """The model: equal to Hugging Face's, to loops that can be checked by eye, and to itself."""
 
 import ast
+import functools
 import inspect
 import io
+import itertools
 import tokenize
 import warnings
 
@@ -11,10 +13,10 @@ import numpy as np
 import pytest
 
 import gpt2
-from gpt2 import attention, generate, layer_norm, mha
+from gpt2 import attention, generate, layer_norm, mha, sample, softmax, stream
 
 FUNCTIONS = [function for _, function in inspect.getmembers(gpt2, inspect.isfunction)]
-OF_INTEGERS = ("whole_number", "generate", "main")
+OF_INTEGERS = ("sample", "stream", "generate", "main")
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +80,55 @@ def test_a_later_token_changes_no_earlier_logit(small):
         assert same.tolist() == [True] * position + [False] * (len(ids) - position)
 
 
+def drawn(seed=0):
+    """A way to pick that shows any change of the logits: at this temperature all ids are likely."""
+    return functools.partial(sample, random=np.random.default_rng(seed), temperature=3.0)
+
+
 @pytest.mark.parametrize("n_prompt", [1, 2, 7, 15, 16])
 def test_generate_gives_what_the_plain_loop_gives_up_to_the_last_position(small, n_prompt):
     params, n_head, ids = small
-    looped = ids[:n_prompt]
+    looped, pick = ids[:n_prompt], drawn()
     while len(looped) < 16:
-        looped.append(int(gpt2.gpt2(looped, **params, n_head=n_head)[-1].argmax()))
-    new = generate(ids[:n_prompt], params, n_head, 16 - n_prompt)
+        looped.append(pick(gpt2.gpt2(looped, **params, n_head=n_head)[-1]))
+    new = generate(ids[:n_prompt], params, n_head, 16 - n_prompt, drawn())
     assert new == looped[n_prompt:]
     assert all(type(id) is int for id in new)
+    assert len(set(looped)) > 8  # it is a text that says something
+
+
+def test_generate_is_greedy_if_nothing_else_is_asked_for(bundled):
+    encoder, hparams, params = bundled
+    looped = encoder.encode("But, soft!")
+    new = generate(looped, params, hparams["n_head"], 12)
+    for id in new:
+        assert gpt2.gpt2(looped, **params, n_head=hparams["n_head"])[-1].argmax() == id
+        looped.append(id)
+    assert len(set(new)) > 8
+
+
+def test_a_stream_goes_on_until_the_context_is_full_one_step_at_a_time(small, monkeypatch):
+    params, n_head, ids = small
+    steps, step = [], gpt2.gpt2
+
+    def counted(inputs, *args, **kwargs):
+        steps.append(len(inputs))
+        return step(inputs, *args, **kwargs)
+
+    monkeypatch.setattr(gpt2, "gpt2", counted)
+    new = stream(ids[:9], params, n_head, drawn())
+    first = [next(new), next(new)]
+    assert steps == [9, 1]
+    assert first + list(new) == generate(ids[:9], params, n_head, 7, drawn())
+
+
+def test_the_logits_of_a_stream_are_those_without_a_cache(small):
+    """Also in their precision: a cache in float16 would show here."""
+    params, n_head, ids = small
+    seen = []
+    new = generate(ids[:4], params, n_head, 12, lambda logits: seen.append(logits) or len(seen))
+    logits = gpt2.gpt2(ids[:4] + new, **params, n_head=n_head)[3:-1]
+    np.testing.assert_allclose(seen, logits, atol=1e-5)
 
 
 def test_a_cache_gives_the_last_logits_whatever_the_split(small):
@@ -103,34 +145,53 @@ def test_a_cache_gives_the_last_logits_whatever_the_split(small):
 def test_ids_come_in_lists_tuples_and_arrays_and_stay_as_they_are(small, kind):
     params, n_head, ids = small
     inputs = kind(ids[:9])
-    assert generate(inputs, params, n_head, 3) == generate(ids[:9], params, n_head, 3)
+    expected = generate(ids[:9], params, n_head, 6, drawn())
+    assert generate(inputs, params, n_head, 6, drawn()) == expected
     assert list(inputs) == ids[:9]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_batch_of_ids_fails_rather_than_giving_wrong_logits(small, cached):
+    params, n_head, ids = small
+    cache = np.zeros((2, 2, n_head, 16, 4), np.float32) if cached else None
+    with pytest.raises(ValueError, match=r"unpack|broadcast"):
+        gpt2.gpt2([ids], **params, n_head=n_head, cache=cache)
+
+
+def leaves(tree):
+    """All arrays in nested dicts and lists."""
+    if isinstance(tree, np.ndarray):
+        return [tree]
+    return list(itertools.chain(*map(leaves, tree.values() if isinstance(tree, dict) else tree)))
 
 
 def test_parameters_stay_as_they_are(small):
     params, n_head, ids = small
-    before = params["wte"].copy(), params["blocks"][0]["mlp"]["c_fc"]["w"].copy()
+    before = [leaf.copy() for leaf in leaves(params)]
     generate(ids[:9], params, n_head, 3)
-    after = params["wte"], params["blocks"][0]["mlp"]["c_fc"]["w"]
-    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    assert len(before) == 4 + 12 * 2
+    assert all((a == b).all() for a, b in zip(before, leaves(params), strict=True))
 
 
 def test_float32_stays_float32_in_every_function(small, monkeypatch):
     params, n_head, ids = small
-    results = []
+    dtypes = {}
 
     def spied(function):
         def spy(*args, **kwargs):
-            results.append((function.__name__, function(*args, **kwargs)))
-            return results[-1][1]
+            result = function(*args, **kwargs)
+            if function.__name__ not in OF_INTEGERS:
+                dtypes.setdefault(function.__name__, set()).add(str(result.dtype))
+            return result
 
         return spy
 
     for function in FUNCTIONS:
         monkeypatch.setattr(gpt2, function.__name__, spied(function))
     gpt2.generate(ids[:9], params, n_head, 2)
-    dtypes = {name: str(result.dtype) for name, result in results if name not in OF_INTEGERS}
-    assert dtypes == {f.__name__: "float32" for f in FUNCTIONS if f.__name__ not in OF_INTEGERS}
+    gpt2.gpt2(ids, **params, n_head=n_head)
+    floats = {f.__name__ for f in FUNCTIONS if f.__name__ not in OF_INTEGERS}
+    assert dtypes == {name: {"float32"} for name in floats}
 
 
 def test_attention_takes_one_head_as_in_the_tutorial_or_any_number(small):
@@ -158,6 +219,20 @@ def test_layer_norm_of_equal_numbers_is_its_bias():
     )
 
 
+def test_layer_norm_takes_leading_axes():
+    x = np.random.RandomState(0).normal(size=(2, 3, 4))
+    g, b = np.arange(1.0, 5.0), np.arange(4.0)
+    for i, j in np.ndindex(2, 3):
+        row = (x[i, j] - x[i, j].mean()) / (x[i, j].var() + 1e-5) ** 0.5
+        np.testing.assert_allclose(layer_norm(x, g, b)[i, j], g * row + b)
+
+
+def test_softmax_leaves_its_argument_alone():
+    x = np.array([[1.0, 2.0], [3.0, 1e10]])
+    softmax(x)
+    assert x.tolist() == [[1.0, 2.0], [3.0, 1e10]]
+
+
 def test_large_activations_give_no_warning_and_no_nan(small):
     params, n_head, ids = small
     with warnings.catch_warnings():
@@ -167,21 +242,83 @@ def test_large_activations_give_no_warning_and_no_nan(small):
         assert gpt2.gelu(np.float32([-1e4, 1e4])).tolist() == [0, 1e4]
 
 
-@pytest.mark.parametrize("count", [-1, "x", "", None, 1.5, True, "-3", "1e2"])
-def test_a_count_that_is_not_a_whole_number_is_an_error(small, count):
-    params, n_head, ids = small
-    with pytest.raises(ValueError, match="n_tokens_to_generate must be a whole number"):
-        generate(ids[:4], params, n_head, count)
+@pytest.mark.parametrize("count", [-1, "x", "", None, 1.5, True, "-3", "1e2", "²", "½"])
+def test_a_count_that_is_not_a_whole_number_is_an_error(count):
     with pytest.raises(ValueError, match="n_tokens_to_generate must be a whole number"):
         gpt2.main("x", count, "124M", "nowhere")  # before anything is downloaded
 
 
-@pytest.mark.parametrize(("n_prompt", "count"), [(4, 13), (16, 1), (0, 1), (17, 0)])
-def test_more_than_the_context_or_nothing_to_go_on_from_is_an_error(small, n_prompt, count):
+@pytest.mark.parametrize(("n_prompt", "count"), [(4, 13), (16, 1), (4, -1), (4, 1.5), (17, 0)])
+def test_more_than_the_context_takes_is_an_error(small, n_prompt, count):
     params, n_head, ids = small
     words = f"^{n_prompt} tokens of prompt, {n_prompt + count} with .*: the context takes 1 to 16"
     with pytest.raises(ValueError, match=words):
         generate((ids + ids)[:n_prompt], params, n_head, count)
+
+
+def test_an_empty_prompt_is_told_that_it_is_empty(small):
+    params, n_head, _ = small
+    for inputs in ([], (), np.array([], int)):
+        with pytest.raises(ValueError, match=r"^the prompt is empty"):
+            generate(inputs, params, n_head, 1)
+        with pytest.raises(ValueError, match=r"^the prompt is empty"):
+            next(stream(inputs, params, n_head))
+
+
+LOGITS = np.float32([2.0, -1.0, 0.5, 3.0, 0.5, 1.0, -4.0, 2.5])
+
+
+def frequencies(**limits):
+    """How often each id is drawn in 20,000, each a little differently seeded."""
+    random = np.random.default_rng(0)
+    drawn = [sample(LOGITS, random, **limits) for _ in range(20_000)]
+    return np.bincount(drawn, minlength=len(LOGITS)) / len(drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_ids_are_drawn_as_often_as_their_probabilities_say(temperature):
+    exp = np.exp(LOGITS.astype(float) / temperature)
+    np.testing.assert_allclose(frequencies(temperature=temperature), exp / exp.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("limits", "ids"),
+    [
+        ({"top_k": 1}, [3]),
+        ({"top_k": 3}, [0, 3, 7]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ({"top_p": 0.0}, [3]),
+        ({"top_p": 0.43}, [3]),  # of 0.436, 0.265, 0.160 ...
+        ({"top_p": 0.45}, [3, 7]),
+        ({"top_p": 0.72}, [0, 3, 7]),
+        ({"top_p": 0.6, "temperature": 0.5}, [3]),  # 0.651 then
+        ({"top_p": 0.6, "top_k": 2}, [3]),  # of these two alone, 0.622
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+    ids=str,
+)
+def test_only_the_likeliest_are_drawn(limits, ids):
+    assert np.flatnonzero(frequencies(**limits)).tolist() == ids
+
+
+def test_the_same_seed_draws_the_same_text(small):
+    params, n_head, ids = small
+    texts = [generate(ids[:2], params, n_head, 14, drawn(seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        *({"temperature": temperature} for temperature in (0, -1.0, np.nan)),
+        *({"top_k": top_k} for top_k in (0, -2)),
+        *({"top_p": top_p} for top_p in (-0.1, 1.1, np.nan)),
+    ],
+    ids=str,
+)
+def test_limits_out_of_range_are_an_error(limits):
+    with pytest.raises(ValueError, match="temperature must be above 0, top_k 1 or more"):
+        sample(LOGITS, np.random.default_rng(0), **limits)
 
 
 def test_no_tokens_are_generated_where_none_are_asked_for(small):
@@ -208,7 +345,8 @@ def test_each_function_works_where_only_numpy_and_what_it_names_are(function, sm
             x, block["mlp"], block["attn"], block["ln_1"], block["ln_2"], n_head,
         ),
         "gpt2": (ids, *(params[name] for name in ("wte", "wpe", "blocks", "ln_f")), n_head),
-        "whole_number": ("12",),
+        "sample": (x[0], np.random.default_rng(0)),
+        "stream": (ids[:5], params, n_head),
         "generate": (ids[:5], params, n_head, 3),
         "main": ("ROMEO:", 3, "1M", str(huggingface.RECORDED.parents[1] / "models")),
     }[function.__name__]  # fmt: skip
@@ -218,15 +356,20 @@ def test_each_function_works_where_only_numpy_and_what_it_names_are(function, sm
         exec(source, namespace)
         used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
         names += [f.__name__ for f in FUNCTIONS if f.__name__ in used - set(names)]
-    assert np.all(namespace[function.__name__](*arguments) == function(*arguments))
+    pasted, original = namespace[function.__name__], function
+    if function is stream:
+        pasted, original = (lambda *args, f=f: list(f(*args)) for f in (pasted, original))
+    elif function is sample:
+        arguments, again = arguments, (x[0], np.random.default_rng(0))
+        return np.testing.assert_equal(pasted(*arguments), original(*again))
+    np.testing.assert_array_equal(pasted(*arguments), original(*arguments))
 
 
-def test_the_file_has_sixty_lines_of_code_one_statement_each():
-    source = inspect.getsource(gpt2)
-    tree = ast.parse(source)
+def lines_of_code(source):
+    """The numbers of the lines that are not blank, comments or docstrings."""
     docstrings = {
         line
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node)
         for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
     }
@@ -235,13 +378,41 @@ def test_the_file_has_sixty_lines_of_code_one_statement_each():
     lines = {
         line for t in tokens if t.type not in blank for line in range(t.start[0], t.end[0] + 1)
     }
-    code = lines - docstrings - {source.count("\n") + 1}
-    statements = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)]
-    assert len(code) <= 60
+    return lines - docstrings - {source.count("\n") + 1}
+
+
+def test_the_file_has_sixty_lines_of_code_one_statement_each():
+    """They run from the import to the end of `generate`; `main` and the entry come after them."""
+    source = inspect.getsource(gpt2)
+    code, main = lines_of_code(source), source[: source.index("def main(")].count("\n") + 1
+    statements = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    assert source.index("def generate(") == source.rindex("def ", 0, source.index("def main("))
+    assert sum(line < main for line in code) <= 60
+    assert sum(line >= main for line in code) <= 18
+    assert source.count("\n") <= 200
     assert max(map(len, source.splitlines())) <= 100
     assert len(statements) == len(set(statements))
 
 
 def test_numpy_is_the_only_import_at_the_top():
-    imports = [n for n in ast.parse(inspect.getsource(gpt2)).body if isinstance(n, ast.Import)]
+    body = ast.parse(inspect.getsource(gpt2)).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert [ast.unparse(n) for n in imports] == ["import numpy as np"]
+
+
+def test_forty_tokens_of_124m_are_written_if_nothing_else_is_said():
+    parameters = inspect.signature(gpt2.main).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults.pop("show")("text") == "text"
+    assert defaults == {
+        "n_tokens_to_generate": 40, "model_size": "124M", "models_dir": "models",
+        "temperature": 0, "top_k": None, "top_p": 1.0, "seed": None,
+    }  # fmt: skip
+
+
+def test_main_shows_each_piece_as_it_comes_and_returns_them_all(capfd):
+    models_dir, pieces = str(huggingface.RECORDED.parents[1] / "models"), []
+    text = gpt2.main("But, soft!", 12, "1M", models_dir, show=pieces.append)
+    assert "".join(pieces) == text and len(pieces) == 13  # the last is what was cut, nothing
+    assert gpt2.main("But, soft!", 12, "1M", models_dir) == text
+    assert capfd.readouterr() == ("", "")

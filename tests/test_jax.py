@@ -1,11 +1,13 @@
 """The same file on JAX: the README's blocks, run in order, give the logits that NumPy gives."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+import gpt2 as gpt2_module
 from gpt2 import generate, gpt2
 
 
@@ -72,6 +74,28 @@ def test_the_gradient_is_the_slope_of_the_loss(readme):
         assert np.isclose(slope, np.linalg.norm(gradient), rtol=0.05)
 
 
-def test_generate_works_under_the_swap_too(readme):
+def test_generate_and_sample_work_under_the_swap_too(readme):
     arguments = (readme["inputs"], readme["params"], readme["hparams"]["n_head"], 12)
-    assert readme["swapped"].generate(*arguments) == generate(*arguments)
+    swapped = readme["swapped"]
+    assert swapped.generate(*arguments) == generate(*arguments)
+    limits = {"temperature": 4.0, "top_k": 50, "top_p": 0.9}
+    drawn = [
+        module.generate(
+            *arguments, partial(module.sample, random=np.random.default_rng(0), **limits)
+        )
+        for module in (swapped, gpt2_module)
+    ]
+    assert drawn[0] == drawn[1] != generate(*arguments)
+
+
+def test_attention_weights_and_states_are_seen_as_the_readme_says(readme):
+    n_layer, n_head = readme["hparams"]["n_layer"], readme["hparams"]["n_head"]
+    n = len(readme["inputs"])
+    weights = np.array(readme["weights"])
+    assert weights.shape == (n_layer, n_head, n, n)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
+    assert (weights[:, :, ~np.tri(n, dtype=bool)] == 0).all()
+    last = gpt2_module.layer_norm(readme["states"][-1], **readme["params"]["ln_f"])
+    np.testing.assert_allclose(
+        last @ readme["params"]["wte"].T, logits(readme, readme["inputs"]), atol=1e-4
+    )
