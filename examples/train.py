@@ -77,7 +77,7 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
         steps: how many batches to learn from, 12000, or 200 with --start; 0 trains nothing, and
             counts how much of the text the model in model_dir knows by heart
         batch: how many windows of the text make a batch, 48, or 4 with --start
-        length: how many tokens a window has, 40 (every seventh batch has 256), or 128 with --start
+        length: how many tokens a window has, 40 (in one batch of seven, 256), or 128 with --start
         lr: the highest learning rate, 0.02, or 0.0001 with --start
         coordinator_address: the host and port of process 0, where several train together; "auto"
             leaves it and the next two to JAX, which knows Slurm, MPI and Kubernetes

@@ -1,5 +1,6 @@
 """What the tests share: the bundled model, the command, and checkpoints by TensorFlow itself."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,15 @@ def bundled():
     from utils import load_encoder_hparams_and_params
 
     return load_encoder_hparams_and_params("1M", str(ROOT / "models"))
+
+
+@pytest.fixture(scope="session")
+def train():
+    """`examples/train.py` as a module."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Training: any text, from nothing or from another model, on any number of devices."""
 
-import importlib.util
 import json
 import os
 import re
@@ -21,15 +20,6 @@ from utils import build_params, load_encoder_hparams_and_params
 FISH = "One fish, two fish, red fish, blue fish.\n"
 FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 LOSS = re.compile(r"Loss: (\S+) on the text, (\S+) on its last twentieth.*before: (\S+)\)")
-
-
-@pytest.fixture(scope="session")
-def train():
-    """The program as a module."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +153,7 @@ def test_a_mistake_of_the_process_that_writes_ends_the_other_too(small, started,
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_training_that_is_stopped_keeps_what_was_learnt(small, started, tmp_path, signum):
     args = ("--start", small / "start", "--steps", 10**6, "--length", 16)
-    process = started(tmp_path / "new", *args)
+    process = started(tmp_path / "new", *args, XLA_FLAGS="")
     wait_for(process, "Training")
     process.send_signal(signum)
     report, errors = process.communicate(timeout=60)
