@@ -357,6 +357,9 @@ def joined(coordinator_address, **team):
             raise ValueError(f"--coordinator_address must be host:port, not {coordinator_address}")
     try:
         if team or coordinator_address:
+            jax.config.update(
+                "jax_cpu_collectives_implementation", "gloo"
+            )  # where there are only CPUs
             jax.distributed.initialize(**team)
         yield jax.process_index() == 0
     except (RuntimeError, OSError, ValueError) as error:
