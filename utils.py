@@ -72,9 +72,8 @@ def load_encoder_hparams_and_params(model_size, models_dir):
         raise ValueError(f"model_size must be {', '.join(SIZES)}, {where}, not {model_size!r}")
     hugging_face = os.path.exists(os.path.join(model_dir, "config.json"))
     published = model_size in SIZES and not hugging_face
-    remedy = "Put back the file that came with the model, or the whole folder."
-    if published:
-        remedy = "Delete the file and run again: it will be downloaded anew."
+    remedy = "Delete the file and run again: it will be downloaded anew."
+    remedy = remedy if published else "Put back the file that came with the model."
     while True:
         try:
             return (load_hugging_face if hugging_face else load_openai)(model_size, models_dir)
@@ -169,9 +168,8 @@ def huggingface_name(name):
     ('h.0.attn.c_attn.weight', 'wte.weight')
     """
     *path, last = re.sub(r"^h(\d+)", r"h/\1", name).split("/")
-    return ".".join(
-        [*path, {"g": "weight", "w": "weight", "b": "bias"}.get(last, f"{last}.weight")]
-    )
+    kinds = {"g": "weight", "w": "weight", "b": "bias"}
+    return ".".join([*path, kinds.get(last, f"{last}.weight")])
 
 
 def load_params(model_dir, hparams):
@@ -238,12 +236,12 @@ def build_params(hparams, leaf):
         return {"w": leaf(f"{name}/w", n_in, n_out), "b": leaf(f"{name}/b", n_out)}
 
     def block(h):
-        params = {"ln_1": norm(f"{h}/ln_1"), "attn": {}, "ln_2": {}, "mlp": {}}
-        params["attn"]["c_attn"] = dense(f"{h}/attn/c_attn", n_embd, 3 * n_embd)
-        params["attn"]["c_proj"] = dense(f"{h}/attn/c_proj", n_embd, n_embd)
+        params = {"ln_1": norm(f"{h}/ln_1")}
+        c_attn = dense(f"{h}/attn/c_attn", n_embd, 3 * n_embd)
+        params["attn"] = {"c_attn": c_attn, "c_proj": dense(f"{h}/attn/c_proj", n_embd, n_embd)}
         params["ln_2"] = norm(f"{h}/ln_2")
-        params["mlp"]["c_fc"] = dense(f"{h}/mlp/c_fc", n_embd, 4 * n_embd)
-        params["mlp"]["c_proj"] = dense(f"{h}/mlp/c_proj", 4 * n_embd, n_embd)
+        c_fc = dense(f"{h}/mlp/c_fc", n_embd, 4 * n_embd)
+        params["mlp"] = {"c_fc": c_fc, "c_proj": dense(f"{h}/mlp/c_proj", 4 * n_embd, n_embd)}
         return params
 
     params = {"wte": leaf("wte", hparams["n_vocab"], n_embd)}
@@ -376,9 +374,8 @@ def find_fault(part, sha256, md5):
 
 def digest(path, kind):
     """Return the digest of a file, with a bar where that takes long."""
-    content, desc = hashlib.new(kind), f"verifying {os.path.basename(path)}"
-    sizes = {"total": size_of(path), "unit": "B", "unit_scale": True}
-    with open(path, "rb") as file, progress(desc=desc, delay=1, **sizes) as bar:
+    content, sizes = hashlib.new(kind), {"total": size_of(path), "unit": "B", "unit_scale": True}
+    with open(path, "rb") as file, progress(desc="verifying", delay=1, **sizes) as bar:
         while chunk := file.read(1 << 20):
             content.update(chunk)
             bar.update(len(chunk))
@@ -458,7 +455,7 @@ def find_checkpoint(model_dir):
     """Return the checkpoint that the file `checkpoint` names, as TensorFlow takes it."""
     path = os.path.join(model_dir, "checkpoint")
     with open(path, encoding="utf-8", errors="replace") as file:
-        latest = re.search(r'^model_checkpoint_path: "(.+)"', file.read(), re.MULTILINE)
+        latest = re.search(r'(?m)^model_checkpoint_path: "(.+)"', file.read())
     if not latest:
         raise ValueError(f"{path} names no checkpoint")
     # A fine-tuned model may name the folder that it was trained in: only the last part counts.
@@ -497,7 +494,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
     damaged file, and for a tensor that is missing or not of the shape that `hparams` ask for;
     OSError where TensorFlow or the machine fails.
     """
-    n_layer = hparams["n_layer"]
+    n_layer, files = hparams["n_layer"], f"{tf_ckpt_path}.*"
     with progress(desc="converting", total=4 + 12 * n_layer, unit=" tensors") as bar:
         tf = import_tensorflow()
 
@@ -505,8 +502,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
             bar.update()
             found = shapes.get(f"model/{name}", "missing")
             if found not in ([*shape], [1, *shape]):
-                fault = f"model/{name} is {found}, but hparams.json says {[*shape]}"
-                raise ValueError(f"{tf_ckpt_path}.*: {fault}")
+                raise ValueError(f"{files}: model/{name} is {found}, hparams.json says {[*shape]}")
             tensor = checkpoint.get_tensor(f"model/{name}").reshape(shape)
             return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
 
@@ -515,12 +511,11 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
             checkpoint = tf.train.load_checkpoint(tf_ckpt_path)
             shapes, path = checkpoint.get_variable_to_shape_map(), tf_ckpt_path + SHARD
             if f"model/h{n_layer}/ln_1/g" in shapes:
-                fault = f"more layers than n_layer in hparams.json, {n_layer}"
-                raise ValueError(f"{tf_ckpt_path}.*: {fault}")
+                raise ValueError(f"{files}: more layers than n_layer in hparams.json, {n_layer}")
             return build_params(hparams, read)
         except (tf.errors.OpError, IndexError, RuntimeError) as error:
-            fault = f"{tf_ckpt_path}.*: {os.path.basename(path)}: {str(error).splitlines()[0]}"
-            if re.search("checksum|sstable|less bytes", fault, re.IGNORECASE):
+            fault = f"{files}: {os.path.basename(path)}: {str(error).splitlines()[0]}"
+            if re.search("(?i)checksum|sstable|less bytes", fault):
                 raise DamagedError(path, fault) from None
             raise OSError(fault) from None
 
@@ -532,10 +527,8 @@ def import_tensorflow():
     try:
         import tensorflow
     except Exception as error:  # whatever a package that does not fit raises
-        fault = f"TensorFlow, which reads OpenAI's checkpoints, cannot be imported: {error}"
-        advice = "Install it, or copy the folder from where it was converted, params.f32 included; "
-        advice += "a model in Hugging Face's layout needs none."
-        raise OSError(f"{fault}\n{advice}") from None
+        advice = "Install it, or take the model in Hugging Face's layout, or a converted folder."
+        raise OSError(f"OpenAI's checkpoints need TensorFlow: {error}\n{advice}") from None
     return tensorflow
 
 
@@ -567,6 +560,8 @@ def command_line(main):
         status = 141
     except KeyboardInterrupt:
         status = 130
+    except UnicodeDecodeError as error:
+        status = f"Standard input is not UTF-8: {error.reason}"
     except (MemoryError, OSError, ValueError) as error:
         status = str(error) or "There is not enough memory."
     try:
@@ -610,10 +605,7 @@ def read_prompt(prompt):
         content = b"" if silent else sys.stdin.buffer.read()
         if prompt is None and not content:
             raise ValueError(f"There is no prompt: see python {sys.argv[0]} --help")
-        try:
-            prompt = re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Standard input is not UTF-8: {error.reason}") from None
+        prompt = re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
     if prompt.endswith(" "):
         say("The prompt ends in a space, but GPT-2's words begin with theirs: better leave it out.")
     return prompt
