@@ -10,7 +10,7 @@ token of its vocabulary as the next one. The sizes in the shapes below, with tho
 
 The parameters are nested dicts and lists of arrays, named as in OpenAI's checkpoints. `**` passes a
 dict's entries by name: `layer_norm(x, **ln_f)` is `layer_norm(x, g=..., b=...)`. A function needs
-NumPy and the functions it names; with `import jax.numpy as np` below, they all run on JAX.
+NumPy and the functions it calls; with `import jax.numpy as np` below instead, all run on JAX.
 """
 
 import numpy as np
@@ -62,7 +62,7 @@ def linear(x, w, b):
 def ffn(x, c_fc, c_proj):
     """Work on each position by itself: `[n_seq, n_embd] -> [n_seq, 4*n_embd] -> [n_seq, n_embd]`.
 
-    Between "fully connected" `c_fc` and "projection" `c_proj` stands `gelu`, or both would be one.
+    Without `gelu`, `c_fc` (fully connected) and `c_proj` (projection) would act as one matrix.
     """
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
@@ -71,8 +71,8 @@ def attention(q, k, v, mask):
     """Give each query the average of the values, weighted by how well their keys match the query.
 
     Queries `q` are `[..., n_q, d]`, keys `k` and values `v` `[..., n_k, d]`. The scores `[..., n_q,
-    n_k]`, sums of d products, are typically as large as the root of d; divided by it, they let more
-    than one key count. The mask `[n_q, n_k]` is 0, or so negative that a key's weight becomes 0.
+    n_k]`, sums of d products, grow with the root of d: undivided, they would give one key almost
+    all weight. The mask `[n_q, n_k]` is 0, or so negative that the weight of a key becomes 0.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask
     return softmax(scores) @ v
@@ -82,8 +82,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     """Multi-head attention: let each position of `x` `[n_seq, n_embd]` see those up to itself.
 
     Each head attends with its own d columns of queries, keys and values; `c_proj` mixes what all
-    found. If positions were read before, `kv` `[2, n_head, n_past + n_seq, d]` begins with their
-    keys and values, still valid since none looked ahead; those of `x` are written after them.
+    found. A `kv` `[2, n_head, n_past + n_seq, d]` begins with the keys and values of positions read
+    before, if any, which stay valid because none of them looks ahead; those of `x` go after them.
     """
     n_seq, n_embd = x.shape
     n_past = 0 if kv is None else kv.shape[2] - n_seq
@@ -103,18 +103,18 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what `attn` finds, and then what `mlp`, the feed-forward, finds.
 
     It only adds, so that what earlier blocks found stays in `x`, and in training the gradient finds
-    its way back. Norms come before each part: after the sum, as in GPT-1, they would change `x`.
+    its way back. Norms come before each part: after the sum, as in GPT-1, they would rescale it.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
-    """Return logits `[n_seq, n_vocab]`, the scores of every token to come after each of `inputs`.
+    """Return logits `[n_seq, n_vocab]`: after each of the ids `inputs`, each next token's score.
 
     `wte` `[n_vocab, n_embd]` and `wpe` `[n_ctx, n_embd]` (weights of token and position embeddings)
-    have a row for each token and each position, as an average knows no order. `wte` serves again at
-    the end: a row says what its token is like, and so how well it fits what the blocks expect.
+    say what each token and each position is like; an average alone knows no order. `wte` serves
+    again at the end: a token's score is the product of its row with what the blocks made of `x`.
     With a cache `[n_layer, 2, n_head, n_past + n_seq, d]`, a `kv` for each block, `inputs` follow
     the `n_past` tokens in it, and only the last position's logits `[1, n_vocab]` come back.
     """
@@ -128,7 +128,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
 def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     """Draw an id by the probabilities that one position's logits `[n_vocab]` stand for.
 
-    A temperature below 1 favours likely ids, one above 1 the others. Of the `top_k` likeliest, only
+    A temperature below 1 favours likely ids, one above 1 levels all. Of the `top_k` likeliest, only
     the fewest that together reach `top_p` can be drawn. `random` is NumPy's `default_rng()`, say.
     """
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
@@ -143,7 +143,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     """Yield the ids that follow `inputs`, one by one, as `pick` chooses them by logits `[n_vocab]`.
 
     The first step reads the prompt, each later one a single token, since the cache keeps the keys
-    and values of those before; a slice of it is a view, into which `mha` writes. With no number, it
+    and values of those before; a slice of it is a view, into which `mha` writes. By default it
     fills the context. Raises ValueError if the prompt is empty, or too long with the new tokens.
     """
     from numpy import empty  # even on JAX, whose own arrays cannot be written into
@@ -179,7 +179,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         top_k: draw from this many of the likeliest tokens only
         top_p: draw from the likeliest tokens that together have this probability
         seed: a whole number, which draws the same text again
-        show: from Python, called with each piece of text as it is found; `str` does nothing
+        show: from Python, called with each piece of text as it is found
     """
     from utils import load_encoder_hparams_and_params, picker, whole_number
 
