@@ -291,7 +291,7 @@ def fetch(url, path, sha256):
             most = max(most, size_of(part))
             lasting = isinstance(error, (ValueError, requests.HTTPError))
             pause = None if lasting else next(pauses, None)
-            cause = str(error).rsplit(": ", 1)[-1].strip("\"')")
+            cause = str(error).rsplit(": ", 1)[-1].strip("\"')").replace(" (", ": ")
             if pause is None:
                 advice = "Run again to go on from what came; --model_size 1M needs no network."
                 raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
@@ -318,7 +318,7 @@ def receive(url, part, start):
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     get = functools.partial(requests.get, url, headers=headers, stream=True, timeout=TIMEOUT)
     name = os.path.basename(part)
-    with progress(desc=name, unit="B", unit_scale=True) as bar, get() as response:
+    with progress(desc=name, unit="B", unit_scale=True, leave=False) as bar, get() as response:
         status, told = response.status_code, response.headers
         if status == 416 and start:  # nothing is missing, or `part` is of another file
             complete = told.get("Content-Range") == f"bytes */{start}"
@@ -340,6 +340,7 @@ def receive(url, part, start):
                 keep_writing(response.raw, file, bar)
         if size_of(part) != total:
             raise requests.ConnectionError(f"{size_of(part)} of {total} bytes came")
+        bar.leave = True
         return told.get("Content-MD5") if status == 200 else told.get("x-ms-blob-content-md5")
 
 
@@ -588,8 +589,10 @@ def read_arguments(main):
         return lambda show: fire.helptext.HelpText(note, trace)
     fire.parser.DefaultParseValue = str  # otherwise the prompt 42 would arrive as a number
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # - by itself would be Fire's separator
-            fire.Fire(note, ["--prompt=-" if word == "-" else word for word in sys.argv[1:]])
+        # By itself, - would be Fire's separator; what follows the last --, flags of its own.
+        words = ["--prompt=-" if word == "-" else word for word in sys.argv[1:]]
+        with contextlib.redirect_stderr(io.StringIO()):
+            fire.Fire(note, [*words, "--"])
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
         raise ValueError(f"{fault}\npython {sys.argv[0]} --help tells what it takes.") from None
