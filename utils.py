@@ -581,12 +581,13 @@ def read_arguments(main):
 
     noted, signature = {}, inspect.signature(main)
     typed = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    if typed and typed[0].name == "prompt":
-        typed[0] = typed[0].replace(default=None)
     functools.update_wrapper(note, main).__signature__ = signature.replace(parameters=typed)
     if {"-h", "--help"} & {*sys.argv}:
         trace = fire.trace.FireTrace(note, name=os.path.basename(sys.argv[0]))
         return lambda show: fire.helptext.HelpText(note, trace)
+    if typed and typed[0].name == "prompt":
+        typed[0] = typed[0].replace(default=None)
+        note.__signature__ = signature.replace(parameters=typed)
     fire.parser.DefaultParseValue = str  # otherwise the prompt 42 would arrive as a number
     try:
         # By itself, - would be Fire's separator; what follows the last --, flags of its own.
