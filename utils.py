@@ -72,9 +72,8 @@ def load_encoder_hparams_and_params(model_size, models_dir):
         raise ValueError(f"model_size must be {', '.join(SIZES)}, {where}, not {model_size!r}")
     hugging_face = os.path.exists(os.path.join(model_dir, "config.json"))
     published = model_size in SIZES and not hugging_face
-    remedy = "Put back the file that came with the model, or the whole folder."
-    if published:
-        remedy = "Delete the file and run again: it will be downloaded anew."
+    remedy = "Delete the file and run again: it will be downloaded anew."
+    remedy = remedy if published else "Put back the file that came with the model."
     while True:
         try:
             return (load_hugging_face if hugging_face else load_openai)(model_size, models_dir)
@@ -169,9 +168,8 @@ def huggingface_name(name):
     ('h.0.attn.c_attn.weight', 'wte.weight')
     """
     *path, last = re.sub(r"^h(\d+)", r"h/\1", name).split("/")
-    return ".".join(
-        [*path, {"g": "weight", "w": "weight", "b": "bias"}.get(last, f"{last}.weight")]
-    )
+    kinds = {"g": "weight", "w": "weight", "b": "bias"}
+    return ".".join([*path, kinds.get(last, f"{last}.weight")])
 
 
 def load_params(model_dir, hparams):
@@ -238,12 +236,12 @@ def build_params(hparams, leaf):
         return {"w": leaf(f"{name}/w", n_in, n_out), "b": leaf(f"{name}/b", n_out)}
 
     def block(h):
-        params = {"ln_1": norm(f"{h}/ln_1"), "attn": {}, "ln_2": {}, "mlp": {}}
-        params["attn"]["c_attn"] = dense(f"{h}/attn/c_attn", n_embd, 3 * n_embd)
-        params["attn"]["c_proj"] = dense(f"{h}/attn/c_proj", n_embd, n_embd)
+        params = {"ln_1": norm(f"{h}/ln_1")}
+        c_attn = dense(f"{h}/attn/c_attn", n_embd, 3 * n_embd)
+        params["attn"] = {"c_attn": c_attn, "c_proj": dense(f"{h}/attn/c_proj", n_embd, n_embd)}
         params["ln_2"] = norm(f"{h}/ln_2")
-        params["mlp"]["c_fc"] = dense(f"{h}/mlp/c_fc", n_embd, 4 * n_embd)
-        params["mlp"]["c_proj"] = dense(f"{h}/mlp/c_proj", 4 * n_embd, n_embd)
+        c_fc = dense(f"{h}/mlp/c_fc", n_embd, 4 * n_embd)
+        params["mlp"] = {"c_fc": c_fc, "c_proj": dense(f"{h}/mlp/c_proj", 4 * n_embd, n_embd)}
         return params
 
     params = {"wte": leaf("wte", hparams["n_vocab"], n_embd)}
@@ -293,7 +291,7 @@ def fetch(url, path, sha256):
             most = max(most, size_of(part))
             lasting = isinstance(error, (ValueError, requests.HTTPError))
             pause = None if lasting else next(pauses, None)
-            cause = str(error).rsplit(": ", 1)[-1].strip("\"')")
+            cause = str(error).rsplit(": ", 1)[-1].strip("\"')").replace(" (", ": ")
             if pause is None:
                 advice = "Run again to go on from what came; --model_size 1M needs no network."
                 raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
@@ -320,7 +318,7 @@ def receive(url, part, start):
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     get = functools.partial(requests.get, url, headers=headers, stream=True, timeout=TIMEOUT)
     name = os.path.basename(part)
-    with progress(desc=name, unit="B", unit_scale=True) as bar, get() as response:
+    with progress(desc=name, unit="B", unit_scale=True, leave=False) as bar, get() as response:
         status, told = response.status_code, response.headers
         if status == 416 and start:  # nothing is missing, or `part` is of another file
             complete = told.get("Content-Range") == f"bytes */{start}"
@@ -342,6 +340,7 @@ def receive(url, part, start):
                 keep_writing(response.raw, file, bar)
         if size_of(part) != total:
             raise requests.ConnectionError(f"{size_of(part)} of {total} bytes came")
+        bar.leave = True
         return told.get("Content-MD5") if status == 200 else told.get("x-ms-blob-content-md5")
 
 
@@ -376,9 +375,8 @@ def find_fault(part, sha256, md5):
 
 def digest(path, kind):
     """Return the digest of a file, with a bar where that takes long."""
-    content, desc = hashlib.new(kind), f"verifying {os.path.basename(path)}"
-    sizes = {"total": size_of(path), "unit": "B", "unit_scale": True}
-    with open(path, "rb") as file, progress(desc=desc, delay=1, **sizes) as bar:
+    content, sizes = hashlib.new(kind), {"total": size_of(path), "unit": "B", "unit_scale": True}
+    with open(path, "rb") as file, progress(desc="verifying", delay=1, **sizes) as bar:
         while chunk := file.read(1 << 20):
             content.update(chunk)
             bar.update(len(chunk))
@@ -458,7 +456,7 @@ def find_checkpoint(model_dir):
     """Return the checkpoint that the file `checkpoint` names, as TensorFlow takes it."""
     path = os.path.join(model_dir, "checkpoint")
     with open(path, encoding="utf-8", errors="replace") as file:
-        latest = re.search(r'^model_checkpoint_path: "(.+)"', file.read(), re.MULTILINE)
+        latest = re.search(r'(?m)^model_checkpoint_path: "(.+)"', file.read())
     if not latest:
         raise ValueError(f"{path} names no checkpoint")
     # A fine-tuned model may name the folder that it was trained in: only the last part counts.
@@ -497,7 +495,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
     damaged file, and for a tensor that is missing or not of the shape that `hparams` ask for;
     OSError where TensorFlow or the machine fails.
     """
-    n_layer = hparams["n_layer"]
+    n_layer, files = hparams["n_layer"], f"{tf_ckpt_path}.*"
     with progress(desc="converting", total=4 + 12 * n_layer, unit=" tensors") as bar:
         tf = import_tensorflow()
 
@@ -505,8 +503,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
             bar.update()
             found = shapes.get(f"model/{name}", "missing")
             if found not in ([*shape], [1, *shape]):
-                fault = f"model/{name} is {found}, but hparams.json says {[*shape]}"
-                raise ValueError(f"{tf_ckpt_path}.*: {fault}")
+                raise ValueError(f"{files}: model/{name} is {found}, hparams.json says {[*shape]}")
             tensor = checkpoint.get_tensor(f"model/{name}").reshape(shape)
             return keep(np.asarray(tensor, np.float32, order=memory_order(name)))
 
@@ -515,12 +512,11 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
             checkpoint = tf.train.load_checkpoint(tf_ckpt_path)
             shapes, path = checkpoint.get_variable_to_shape_map(), tf_ckpt_path + SHARD
             if f"model/h{n_layer}/ln_1/g" in shapes:
-                fault = f"more layers than n_layer in hparams.json, {n_layer}"
-                raise ValueError(f"{tf_ckpt_path}.*: {fault}")
+                raise ValueError(f"{files}: more layers than n_layer in hparams.json, {n_layer}")
             return build_params(hparams, read)
         except (tf.errors.OpError, IndexError, RuntimeError) as error:
-            fault = f"{tf_ckpt_path}.*: {os.path.basename(path)}: {str(error).splitlines()[0]}"
-            if re.search("checksum|sstable|less bytes", fault, re.IGNORECASE):
+            fault = f"{files}: {os.path.basename(path)}: {str(error).splitlines()[0]}"
+            if re.search("(?i)checksum|sstable|less bytes", fault):
                 raise DamagedError(path, fault) from None
             raise OSError(fault) from None
 
@@ -532,10 +528,8 @@ def import_tensorflow():
     try:
         import tensorflow
     except Exception as error:  # whatever a package that does not fit raises
-        fault = f"TensorFlow, which reads OpenAI's checkpoints, cannot be imported: {error}"
-        advice = "Install it, or copy the folder from where it was converted, params.f32 included; "
-        advice += "a model in Hugging Face's layout needs none."
-        raise OSError(f"{fault}\n{advice}") from None
+        advice = "Install it, or take the model in Hugging Face's layout, or a converted folder."
+        raise OSError(f"OpenAI's checkpoints need TensorFlow: {error}\n{advice}") from None
     return tensorflow
 
 
@@ -567,6 +561,8 @@ def command_line(main):
         status = 141
     except KeyboardInterrupt:
         status = 130
+    except UnicodeDecodeError as error:
+        status = f"Standard input is not UTF-8: {error.reason}"
     except (MemoryError, OSError, ValueError) as error:
         status = str(error) or "There is not enough memory."
     try:
@@ -585,16 +581,19 @@ def read_arguments(main):
 
     noted, signature = {}, inspect.signature(main)
     typed = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    if typed and typed[0].name == "prompt":
-        typed[0] = typed[0].replace(default=None)
     functools.update_wrapper(note, main).__signature__ = signature.replace(parameters=typed)
     if {"-h", "--help"} & {*sys.argv}:
         trace = fire.trace.FireTrace(note, name=os.path.basename(sys.argv[0]))
         return lambda show: fire.helptext.HelpText(note, trace)
+    if typed and typed[0].name == "prompt":
+        typed[0] = typed[0].replace(default=None)
+        note.__signature__ = signature.replace(parameters=typed)
     fire.parser.DefaultParseValue = str  # otherwise the prompt 42 would arrive as a number
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # - by itself would be Fire's separator
-            fire.Fire(note, ["--prompt=-" if word == "-" else word for word in sys.argv[1:]])
+        # By itself, - would be Fire's separator; what follows the last --, flags of its own.
+        words = ["--prompt=-" if word == "-" else word for word in sys.argv[1:]]
+        with contextlib.redirect_stderr(io.StringIO()):
+            fire.Fire(note, [*words, "--"])
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
         raise ValueError(f"{fault}\npython {sys.argv[0]} --help tells what it takes.") from None
@@ -610,10 +609,7 @@ def read_prompt(prompt):
         content = b"" if silent else sys.stdin.buffer.read()
         if prompt is None and not content:
             raise ValueError(f"There is no prompt: see python {sys.argv[0]} --help")
-        try:
-            prompt = re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Standard input is not UTF-8: {error.reason}") from None
+        prompt = re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
     if prompt.endswith(" "):
         say("The prompt ends in a space, but GPT-2's words begin with theirs: better leave it out.")
     return prompt
