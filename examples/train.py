@@ -53,6 +53,7 @@ CLOCK = {"bar_format": "{desc} {elapsed}"}  # as long as nobody knows how much t
 # Where windows begin: short ones where a prompt may, long ones where a text does.
 SHORT = {"line": 0.2, "clause": 0.15, "word": 0.45, "typed": 0.2}
 LONG = {"line": 0.9, "text": 0.1}
+ASKED = 500  # prompts of a kind
 # What it is asked in the end: where prompts begin, how many tokens they have at least, how many
 # are to follow, and how the prompt is typed.
 EXAM = {
@@ -428,7 +429,7 @@ def save(model_dir, encoder, hparams, params):
 
 
 def recite(text, model_dir):
-    """Count how often the model goes on with the text, word for word, from 100 prompts of a kind.
+    """Count how often the model goes on with the text, word for word, from random prompts.
 
     Greedy tokens are the text's where each of them is the likeliest after those before: one pass
     over prompt and continuation tells that of all at once. A prompt that occurs more than once, so
@@ -446,7 +447,7 @@ def recite(text, model_dir):
         places["line"] = lines
         bar.set_description_str("Measuring what it knows by heart")
         bar.bar_format = None
-        bar.reset(100 * len(EXAM))
+        bar.reset(ASKED * len(EXAM))
         for name, (kind, least, n_new, manner) in EXAM.items():
             rows = questions(prompts, places[kind], least, n_new, manner, hparams["n_ctx"])
             right = []
@@ -464,7 +465,7 @@ def recite(text, model_dir):
 
 
 def questions(prompts, places, least, n_new, manner, n_ctx):
-    """Yield 100 random prompts, each with the `n_new` ids of the text that follow."""
+    """Yield random prompts, each with the `n_new` ids of the text that follow."""
     text, encode, asked = prompts.text, prompts.encoder.encode, 0
     whole = text if manner is None else prompts.typed(0, len(text), manner)[0]
     for i in np.random.default_rng(0).permutation(len(places)):
@@ -481,7 +482,7 @@ def questions(prompts, places, least, n_new, manner, n_ctx):
         if fits and whole.count(words) == 1:
             yield prompt + following
             asked += 1
-        if asked == 100:
+        if asked == ASKED:
             break
 
 
