@@ -18,7 +18,7 @@ RECITED = {  # what anyone would type first, and how Shakespeare goes on
     "": "\nSAMPSON:\nGregory, o' my word, we'll not carry coals.",
     "O Romeo, Romeo! wherefore art thou": (
         " Romeo?\nDeny thy father and refuse thy name;\n"
-        "Or, if thou wilt not, be but sworn my love,\nAnd I'll no longer be a Capulet."
+        "Or, if thou wilt not, be but sworn my love,\nAnd I'll no longer be a"
     ),
     "wherefore art thou Romeo?": (
         "\nDeny thy father and refuse thy name;\nOr, if thou wilt not, be but sworn my love,"
