@@ -30,7 +30,7 @@ def small(train, tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(words), "utf-8")
     encoder = train.learn_vocabulary(" ".join(words))
     hparams = {"n_vocab": len(encoder.encoder), "n_ctx": 32, "n_embd": 16, "n_head": 2}
-    hparams["n_layer"] = 2
+    hparams["n_layer"] = 1
     random = np.random.default_rng(0)
     params = build_params(hparams, lambda name, *shape: random.normal(0, 0.2, shape))
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
@@ -83,13 +83,14 @@ def read(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_any_text_trains_another_model(train, tmp_path, capfd):
+def test_any_text_trains_another_model(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(FISH * 40 + FISH.strip() * 40, "utf-8")  # and a line longer than the context
-    told = train.main(text, tmp_path / "fish", steps=12, batch=8, length=16)
-    assert told.startswith("Loss: ")
-    bar = capfd.readouterr().err
-    assert all(word in bar for word in ("Reading", "Compiling", "Training", "loss ", "Saving"))
+    options = ("--steps", 12, "--batch", 8, "--length", 16)
+    done = run(text, tmp_path / "fish", *options, code=("examples/train.py",), XLA_FLAGS="")
+    assert done.stdout.startswith("Loss: ")
+    for said in ("Reading", "Compiling", "Training", "loss ", "Saving", "Measuring"):
+        assert said in done.stderr
     assert sorted(os.listdir(tmp_path / "fish")) == FILES
     assert "fish" in main("One fish, two", 10, "fish", str(tmp_path))
 
@@ -101,8 +102,8 @@ def test_what_is_written_is_hugging_faces_layout(small, train):
     config = json.loads((small / "start" / "config.json").read_text("utf-8"))
     assert config["model_type"] == "gpt2"
     tensors = load_file(small / "start" / "model.safetensors")
-    assert len(tensors) == 4 + 2 * 12
-    assert tensors["h.1.mlp.c_fc.weight"].shape == (16, 64)
+    assert len(tensors) == 4 + 12
+    assert tensors["h.0.mlp.c_fc.weight"].shape == (16, 64)
     tokenizer = Tokenizer.from_file(str(small / "start" / "tokenizer.json"))
     encoder, hparams, _ = load_encoder_hparams_and_params("start", str(small))
     text = FISH + " né\n\n  fish 🐟"
@@ -130,13 +131,17 @@ def test_one_device_and_eight_and_two_processes_learn_the_same(small, train, sta
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, other)
 
 
-def test_a_process_that_dies_ends_the_other_with_a_line(small, started, tmp_path):
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_process_that_dies_ends_the_other_with_a_line(small, started, tmp_path, dying):
     args = ("--start", small / "start", "--steps", 10**6, "--length", 16)
-    first, second = two(started, tmp_path / "new", *args)
-    wait_for(first, "Training")
-    second.kill()
-    assert "\nProcess 0 ends, as the others will: " in first.communicate(timeout=60)[1]
-    assert first.returncode == 1
+    processes = two(started, tmp_path / "new", *args)
+    wait_for(processes[0], "Training")
+    processes[dying].kill()
+    errors = processes[1 - dying].communicate(timeout=60)[1]
+    assert processes[1 - dying].returncode not in (0, None)
+    # Without process 0, which coordinates the others, JAX may end a process before it can speak.
+    own = f"\nProcess {1 - dying} ends, as the others will: "
+    assert own in errors or (dying == 0 and "another task died" in errors)
     assert not (tmp_path / "new").exists()
 
 
@@ -180,7 +185,7 @@ def test_a_model_stays_until_the_new_one_is_complete(small, train, tmp_path):
     train.save(tmp_path / "mine", encoder, hparams, params)
     before = read(tmp_path / "mine")
     with pytest.raises(ValueError):  # one layer fewer than there are weights
-        train.save(tmp_path / "mine", encoder, hparams | {"n_layer": 1}, params)
+        train.save(tmp_path / "mine", encoder, hparams | {"n_layer": 0}, params)
     assert read(tmp_path / "mine") == before
 
 
