@@ -1,5 +1,6 @@
 """What the tests share: the models, the command, and checkpoints by TensorFlow itself."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -39,6 +40,15 @@ def openai(tmp_path_factory):
     write_checkpoint(folder, **SIZES)
     utils.load_encoder_hparams_and_params(folder.name, folder.parent)
     return folder
+
+
+@pytest.fixture(scope="session")
+def train():
+    """`examples/train.py` as a module."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
