@@ -1,4 +1,4 @@
-"""What the tests share: the bundled model, the command, and checkpoints by TensorFlow itself."""
+"""What the tests share: the models, the command, and checkpoints by TensorFlow itself."""
 
 import importlib.util
 import json
@@ -11,8 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import utils
+from encoder import bytes_to_unicode
+
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "1M"
+PAIRS = "Ġt Ġa he in re on er ou nd Ġs Ġw is or at en it es Ġb ll Ġm st me an Ġh ar le to Ġc ve Ġd"
+PAIRS += " ng al Ġf ed Ġo Ġp th ha Ġy Ro"
+MERGES = [*map(tuple, PAIRS.split()), ("Ġt", "he"), ("Ro", "me"), ("Rome", "o")]
+TOKENS = [*bytes_to_unicode().values(), *map("".join, MERGES), "<|endoftext|>"]  # 300
+SIZES = {"n_vocab": len(TOKENS), "n_ctx": 24, "n_embd": 96, "n_head": 3, "n_layer": 4}
 # One processor plays eight devices; JAX reads this once, when it is first used.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -20,9 +28,18 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled model's encoder, hparams and parameters."""
-    from utils import load_encoder_hparams_and_params
+    return utils.load_encoder_hparams_and_params("1M", str(ROOT / "models"))
 
-    return load_encoder_hparams_and_params("1M", str(ROOT / "models"))
+
+@pytest.fixture(scope="session")
+def openai(tmp_path_factory):
+    """A folder in OpenAI's layout, converted, with weights of almost two megabytes."""
+    folder = tmp_path_factory.mktemp("models") / "openai"
+    folder.mkdir()
+    write_vocabulary(folder)
+    write_checkpoint(folder, **SIZES)
+    utils.load_encoder_hparams_and_params(folder.name, folder.parent)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +52,16 @@ def train():
 
 
 @pytest.fixture
-def models_dir(tmp_path, bundled):
-    """A models_dir with a copy of the bundled model, converted, under the name `mine`."""
-    shutil.copytree(BUNDLED, tmp_path / "models" / "mine")
+def models_dir(tmp_path, openai):
+    """A models_dir with a copy of that folder under the name `mine`."""
+    shutil.copytree(openai, tmp_path / "models" / "mine")
     return tmp_path / "models"
+
+
+@pytest.fixture
+def no_tensorflow(monkeypatch):
+    """Whoever asks for TensorFlow fails."""
+    monkeypatch.setattr(utils, "import_tensorflow", lambda: pytest.fail("TensorFlow is imported"))
 
 
 @pytest.fixture
@@ -56,6 +79,14 @@ def run():
         )
 
     return run
+
+
+def write_vocabulary(folder, tokens="encoder.json", merges="vocab.bpe"):
+    """Write `TOKENS` and `MERGES` as two files, as OpenAI did."""
+    ids = json.dumps({token: id for id, token in enumerate(TOKENS)})
+    (folder / tokens).write_text(ids, "utf-8")
+    lines = ["#version: 0.2", *map(" ".join, MERGES), ""]
+    (folder / merges).write_bytes("\n".join(lines).encode())
 
 
 def write_checkpoint(folder, n_vocab, n_ctx, n_embd, n_head, n_layer, seed=0):
