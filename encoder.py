@@ -112,7 +112,8 @@ def get_encoder(model_name, models_dir):
     where one is not what it should be.
     """
     folder = Path(models_dir, model_name)
-    name = next((name for name in FILES if (folder / name).exists()), "encoder.json")
+    usual = "tokenizer.json" if (folder / "config.json").exists() else "encoder.json"
+    name = next((name for name in FILES if (folder / name).exists()), usual)
     encoder = read_json(folder / name)
     if name == "tokenizer.json":
         encoder, merges, special = read_tokenizer(encoder, folder / name)
@@ -121,26 +122,28 @@ def get_encoder(model_name, models_dir):
         special = {token for token in encoder if regex.fullmatch(r"<.+>|\[.+\]", token)}
     if {*map(repr, encoder.values())} != {*map(repr, range(len(encoder)))}:
         raise ValueError(f"{folder / name} does not number its tokens from 0 on")
-    tokens = {*bytes_to_unicode().values(), *map("".join, merges)}
-    if any(len(pair) != 2 for pair in merges) or tokens != encoder.keys() - (special - tokens):
+    byte_encoder = bytes_to_unicode()
+    tokens = {*byte_encoder.values(), *map("".join, merges)}
+    special -= tokens
+    if any(len(pair) != 2 for pair in merges) or tokens != encoder.keys() - special:
         raise ValueError(f"{folder / (FILES[name] or name)} and {name} do not belong together")
-    return Encoder(encoder, merges)
+    # A special token is a text, the others are bytes written as characters: now that one is too.
+    spelt = {token: "".join(map(byte_encoder.get, token.encode())) for token in special}
+    return Encoder({spelt.get(token, token): id for token, id in encoder.items()}, merges)
 
 
 def read_tokenizer(content, path):
     """Take tokens, merges and special tokens from what Hugging Face's `tokenizers` writes."""
     try:
-        model, byte_encoder = content["model"], bytes_to_unicode()
+        model, special = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
+        tokens = model["vocab"] | special
         found = OPTIONS | content | model | content["pre_tokenizer"]
-        added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        special = {"".join(map(byte_encoder.get, text.encode())): id for text, id in added.items()}
-        tokens = {token: id for token, id in model["vocab"].items() if token not in added}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no byte-level BPE of `tokenizers`: {error!r}") from None
     if wrong := [name for name in OPTIONS if found[name] != OPTIONS[name]]:
         raise ValueError(f"{path}: {wrong[0]} must be {OPTIONS[wrong[0]]!r}, as in GPT-2")
-    return tokens | special, merges, special.keys()
+    return tokens, [line.split(" ") for line in lines], special.keys()
 
 
 def read_json(path):

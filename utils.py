@@ -65,11 +65,11 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     that is not what it should be; OSError where a file is missing or cannot be downloaded.
     """
     models_dir = os.path.expanduser(models_dir)
-    model_dir, fetched = os.path.join(models_dir, model_size), None
-    folders = os.listdir(models_dir) if os.path.isdir(models_dir) else []
+    folders = next(os.walk(models_dir), (models_dir, [], []))[1]
     if model_size not in (*SIZES, *folders):
         where = f"or the name of a folder with a model in {os.path.abspath(models_dir)}"
         raise ValueError(f"model_size must be {', '.join(SIZES)}, {where}, not {model_size!r}")
+    model_dir, fetched = os.path.join(models_dir, model_size), None
     hugging_face = os.path.exists(os.path.join(model_dir, "config.json"))
     published = model_size in SIZES and not hugging_face
     remedy = "Delete the file and run again: it will be downloaded anew."
@@ -116,6 +116,7 @@ def load_hugging_face(model_size, models_dir):
     tokens = [*encoder.byte_decoder, *map("".join, encoder.bpe_ranks)]
     if max(map(encoder.encoder.get, tokens)) >= hparams["n_vocab"]:
         raise ValueError(f"{path}: vocab_size is less than the ids of the tokenizer need")
+    encoder.endoftext = [id for id in encoder.endoftext if id < hparams["n_vocab"]]
     path = os.path.join(models_dir, model_size, "model.safetensors")
     return encoder, hparams, read_safetensors(path, hparams)
 
@@ -124,7 +125,7 @@ def check_sizes(config, fields, path):
     """Raise ValueError unless all sizes are numbers above 0 and the heads divide the width."""
     for field in fields:
         if type(config.get(field)) is not int or config[field] < 1:
-            raise ValueError(f"{path}: {field} must be a number above 0, not {config.get(field)}")
+            raise ValueError(f"{path}: {field} must be a number above 0, not {config.get(field)!r}")
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head")
 
@@ -193,6 +194,8 @@ def load_params(model_dir, hparams):
                     convert(tf_ckpt_path, hparams, converted, mark)
                     params = open_converted(converted, hparams, mark)
         except OSError as error:
+            if error.errno is None:  # it is not the system that refuses
+                raise
             params = load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
             say(f"The converted weights could not be kept for next time: {error}")
     return params
@@ -334,7 +337,7 @@ def receive(url, part, start):
             total = int(sent[2])
         else:
             raise requests.ConnectionError("the server does not say which bytes it sends")
-        if size_of(part) != total:
+        if size_of(part) != total or not total:
             bar.total, bar.initial, bar.n = total, start, start
             with open(part, "ab" if start else "wb") as file:
                 keep_writing(response.raw, file, bar)

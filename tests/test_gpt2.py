@@ -301,6 +301,27 @@ def test_only_the_likeliest_are_drawn(limits, ids):
     assert np.flatnonzero(frequencies(**limits)).tolist() == ids
 
 
+class Ticks:
+    """In place of a random generator: 20,000 numbers evenly spread from 0 to 1."""
+
+    def __init__(self):
+        self.numbers = iter((np.arange(20_000) + 0.5) / 20_000)
+
+    def random(self):
+        return next(self.numbers)
+
+
+@pytest.mark.parametrize("warp", huggingface.WARPS, ids=str)
+def test_limits_leave_the_probabilities_of_hugging_faces_warpers(warp):
+    recorded = np.load(huggingface.RECORDED)
+    limits = dict(zip(("temperature", "top_k", "top_p"), warp, strict=True))
+    for logits, expected in zip(recorded["warped from"], recorded[f"warped {warp}"], strict=True):
+        ticks = Ticks()
+        drawn = [sample(logits, ticks, **limits) for _ in range(20_000)]
+        shares = np.bincount(drawn, minlength=len(logits)) / 20_000
+        np.testing.assert_allclose(shares, expected, atol=2e-4)
+
+
 def test_the_same_seed_draws_the_same_text(small):
     params, n_head, ids = small
     texts = [generate(ids[:2], params, n_head, 14, drawn(seed)) for seed in (1, 1, 2)]

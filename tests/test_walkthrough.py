@@ -1,0 +1,85 @@
+"""The walk-through: it runs from top to bottom, and says what its saved outputs say."""
+
+import os
+import re
+import shutil
+
+import nbformat
+import pytest
+from conftest import BUNDLED, ROOT
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+
+PATH = ROOT / "examples" / "walkthrough.ipynb"
+CELLS = nbformat.read(PATH, as_version=4).cells
+
+
+def text(cell):
+    """What a cell wrote: no pictures, no warnings, no addresses of objects in memory."""
+    shown = [output.data for output in cell.outputs if "data" in output]
+    written = [output.text for output in cell.outputs if output.get("name") == "stdout"]
+    written += [data.get("text/plain", "") for data in shown if "image/png" not in data]
+    return re.sub(r" at 0x[0-9a-f]+", "", "".join(written))
+
+
+def pictures():
+    """The places of the cells that draw."""
+    return [i for i, cell in enumerate(CELLS) if "plt.subplots" in cell.source]
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of all that the notebook needs, and a kernel that is this Python, with no settings."""
+    write_kernel_spec(str(tmp_path / "jupyter" / "kernels" / "python3"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    shutil.copytree(BUNDLED, tmp_path / "root" / "models" / "1M")
+    for path in [PATH, *ROOT.glob("*.py")]:
+        target = tmp_path / "root" / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path / "root"
+
+
+def execute(cells, folder):
+    """Run cells in a new kernel that was started in `folder`; raises what a cell raises."""
+    notebook = nbformat.v4.new_notebook(cells=[cell.copy() for cell in cells])
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", coalesce_streams=True)
+    return client.execute(cwd=str(folder)).cells
+
+
+def test_it_runs_from_top_to_bottom_and_says_what_it_said(copy):
+    for saved, now in zip(CELLS, execute(CELLS, copy / "examples"), strict=True):
+        if saved.cell_type == "code":
+            assert text(now) == text(saved), saved.source
+
+
+def test_it_finds_its_way_from_the_root_too(copy):
+    first, second = [cell for cell in CELLS if cell.cell_type == "code"][:2]
+    check = nbformat.v4.new_code_cell("print(Path(gpt2.__file__).samefile('gpt2.py'))")
+    *_, last = execute([first, second, check], copy)
+    assert text(last) == "True\n"
+
+
+def test_its_cells_are_short():
+    code = [cell.source for cell in CELLS if cell.cell_type == "code"]
+    assert max(len([line for line in source.splitlines() if line.strip()]) for source in code) <= 15
+
+
+@pytest.mark.parametrize("i", pictures())
+def test_words_stand_before_and_after_each_picture(i):
+    before, after = CELLS[i - 1], CELLS[i + 1]
+    assert before.cell_type == after.cell_type == "markdown"
+    assert len(re.findall(r"[.?](?=\s|$)", before.source)) >= 2  # sentences
+
+
+def test_it_was_saved_complete_and_small_enough_to_read_on_github():
+    code = [cell for cell in CELLS if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    drawn = [i for i, cell in enumerate(CELLS) if "image/png" in repr(cell.get("outputs"))]
+    skipped = [i for i, cell in enumerate(CELLS) if "if other is None" in cell.source]
+    assert drawn == [i for i in pictures() if i not in skipped]
+    assert os.path.getsize(PATH) < 1_500_000
+    words = re.sub(r'"image/png": ".*?"', "", PATH.read_text("utf-8"))
+    assert not re.search(r"/(home|root|tmp|work|Users)/", words)
