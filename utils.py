@@ -331,6 +331,8 @@ def receive(url, part, start):
             kind = requests.ConnectionError if passing else requests.HTTPError
             raise kind(f"the server answered {status} {response.reason}")
         sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", told.get("Content-Range", ""))
+        if told.get("Content-Encoding", "identity") != "identity":
+            raise requests.ConnectionError("the server sends it compressed, unasked")
         if status == 200 and told.get("Content-Length", "").isdecimal():
             start, total = 0, int(told["Content-Length"])
         elif status == 206 and sent and int(sent[1]) == start:
@@ -399,12 +401,11 @@ def alone(folder):
     os.makedirs(folder, exist_ok=True)
     lock = FileLock(os.path.join(folder, ".lock"))
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            desc = f"waiting for another process that is at work in {folder}"
-            with progress(desc=desc, bar_format="{desc}: {elapsed}"):
-                lock.acquire()
+        lock.acquire(timeout=0)
+    except Timeout:
+        desc = f"waiting for another process that is at work in {folder}"
+        with progress(desc=desc, bar_format="{desc}: {elapsed}"):
+            lock.acquire()
     except (NotImplementedError, OSError) as error:
         say(f"Going on without a lock on {folder}, so start no second process there: {error}")
     try:

@@ -38,7 +38,8 @@ def test_the_text_is_all_that_is_on_standard_output(run):
 
 def test_the_text_appears_piece_by_piece(run):
     """Each piece is flushed, so that it can be read before the next is found."""
-    code = "import sys, gpt2, utils; sys.stdout.flush = lambda: sys.stdout.write('|')\n"
+    code = "import sys, gpt2, utils; flush = sys.stdout.flush\n"
+    code += "sys.stdout.flush = lambda: sys.stdout.write('|') and flush()\n"
     result = run(VERSE, *TINY, code=("-c", code + "utils.command_line(gpt2.main)"))
     pieces = result.stdout.split("|")
     assert len([piece for piece in pieces if piece.strip()]) >= 10
