@@ -216,8 +216,7 @@ def open_converted(converted, hparams, mark=None):
         params = build_params(hparams, view)
     except (FileNotFoundError, ValueError):  # ValueError: empty, or too short for one of the views
         return None
-    same = end == flat.size and mark in (None, content[-32:].tobytes())
-    return params if same else None
+    return params if end == flat.size and mark in (None, content[-32:].tobytes()) else None
 
 
 def memory_order(name):
@@ -301,8 +300,9 @@ def fetch(url, path, sha256):
             say(f"{url}: {cause}; trying again in {pause} s")
             time.sleep(pause)
         except OSError as error:
-            advice = "Mend that, and run again to go on from there."
-            raise OSError(f"{part}: {error}\n{advice}") from None
+            raise OSError(
+                f"{part}: {error}\nMend that and run again, to go on from there."
+            ) from None
     fault = find_fault(part, sha256, md5)
     if fault:
         os.remove(part)
@@ -479,9 +479,7 @@ def convert(tf_ckpt_path, hparams, converted, mark):
     part = converted + ".part"
     try:
         with open(part, "wb") as file:
-            load_gpt2_params_from_tf_ckpt(
-                tf_ckpt_path, hparams, lambda tensor: file.write(tensor.ravel(order="K"))
-            )
+            load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, lambda t: file.write(t.ravel("K")))
             file.write(mark)
             file.flush()
             os.fsync(file.fileno())
@@ -527,8 +525,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams, keep=lambda tensor: ten
 
 def import_tensorflow():
     """Import TensorFlow without its messages; raises OSError that says what to do without it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.update({"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ)
     try:
         import tensorflow
     except Exception as error:  # whatever a package that does not fit raises
