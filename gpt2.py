@@ -176,9 +176,9 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: where models are, and where a published one is downloaded to
         temperature: 0 takes the likeliest token each time; above 0 draws, 1 as the model learnt
-        top_k: draw from this many of the likeliest tokens only
-        top_p: draw from the likeliest tokens that together have this probability
-        seed: a whole number, which draws the same text again
+        top_k: where it draws, from this many of the likeliest tokens only
+        top_p: where it draws, from the likeliest tokens that together have this probability
+        seed: a whole number, for drawing the same text at each run
         show: from Python, called with each piece of text as it is found
     """
     from utils import load_encoder_hparams_and_params, picker, whole_number

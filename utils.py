@@ -73,7 +73,9 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     hugging_face = os.path.exists(os.path.join(model_dir, "config.json"))
     published = model_size in SIZES and not hugging_face
     remedy = "Delete the file and run again: it will be downloaded anew."
-    remedy = remedy if published else "Put back the file that came with the model."
+    if not published:
+        other = "" if hugging_face else ", or config.json in Hugging Face's layout"
+        remedy = f"Put back the file that came with the model{other}."
     while True:
         try:
             return (load_hugging_face if hugging_face else load_openai)(model_size, models_dir)

@@ -457,8 +457,9 @@ def recite(text, model_dir):
                 bar.update()
             if right:
                 counts[f"{name}, {n_new} tokens"] = sum(right), len(right)
+        bar.total = bar.n  # a short text has fewer places to ask about
     if sum(right for right, _ in counts.values()) < sum(asked for _, asked in counts.values()) / 10:
-        return f"{model_dir} does not know this text by heart: more --steps may help."
+        return f"{model_dir} does not know this text by heart; training with more --steps may help."
     return "The text goes on word for word after\n" + "\n".join(
         f"  {name}: {right} of {asked}" for name, (right, asked) in counts.items()
     )

@@ -346,4 +346,4 @@ def test_what_is_asked_goes_on_in_one_way_only(train):
 
 def test_too_few_steps_are_told_as_such(train, small):
     told = train.recite((small / "text.txt").read_text("utf-8") + FISH, small / "start")
-    assert told == f"{small / 'start'} does not know this text by heart: more --steps may help."
+    assert told.startswith(f"{small / 'start'} does not know this text by heart; training with")
