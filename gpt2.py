@@ -133,9 +133,9 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     """
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
-    ids = np.argsort(-logits)[:top_k]
+    ids = np.argsort(-logits)[:top_k]  # the likeliest first
     reached = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
-    kept = reached[: 1 + np.sum(reached < top_p)]
+    kept = reached[: 1 + np.sum(reached < top_p)]  # up to the first that reaches top_p
     return int(ids[np.searchsorted(kept, random.random() * kept[-1], side="right")])
 
 

@@ -358,9 +358,8 @@ def joined(coordinator_address, **team):
             raise ValueError(f"--coordinator_address must be host:port, not {coordinator_address}")
     try:
         if team or coordinator_address:
-            jax.config.update(
-                "jax_cpu_collectives_implementation", "gloo"
-            )  # where there are only CPUs
+            # Where there are only CPUs, whose processes JAX joins in more than one way.
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
             jax.distributed.initialize(**team)
         yield jax.process_index() == 0
     except (RuntimeError, OSError, ValueError) as error:
