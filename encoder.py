@@ -1,24 +1,24 @@
-"""GPT-2's byte-level byte-pair encoding: text to the ids of tokens, and back."""
+"""GPT-2's byte-level byte-pair encoding (BPE): from text to the ids of tokens, and back."""
 
 import codecs
-import heapq
 import json
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 
-# No token reaches from one word into the next: a word is letters, digits or signs, and the space
-# before them; or white space, which leaves its last character to what follows.
+# The text is cut into words first, because no token reaches from one word into the next. A word is
+# a run of letters, of digits or of other signs, with the space before it. In longer white space,
+# the last character belongs to the word that follows.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The files of a vocabulary: its tokens, and the merges where they are in a file of their own.
+# The files of a tokenizer: the one with the tokens, and the one with the merges.
 FILES = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-# What a `tokenizer.json` must say, or leave out, to give GPT-2's ids.
+# What a tokenizer.json must say, or leave out, so that it gives GPT-2's ids.
 OPTIONS = {"type": "ByteLevel", "normalizer": None, "add_prefix_space": False, "use_regex": True}
 
 
 def bytes_to_unicode():
-    """Write each byte as a visible character: those of Latin-1 as they are, others from U+0100 on.
+    """Return a visible character for each byte: Latin-1's own, or one from U+0100 on.
 
     >>> "".join(bytes_to_unicode()[byte] for byte in "a café".encode("utf-8"))
     'aĠcafÃ©'
@@ -29,68 +29,79 @@ def bytes_to_unicode():
 
 
 class Encoder:
-    """Encode with a vocabulary, token to id, and the pairs to merge into tokens, the first first.
+    """A tokenizer: the ids of its tokens, and the pairs to merge into tokens, the first one first.
+
+    `special` and `added` name the tokens that stand for a text as a whole, such as <|endoftext|>.
+    Special ones are found first and added ones in the rest, as in Hugging Face's `tokenizers`.
 
     >>> merges = [("l", "o"), ("lo", "w"), ("e", "r")]
-    >>> tokens = [*bytes_to_unicode().values(), *map("".join, merges)]
-    >>> toy = Encoder({token: id for id, token in enumerate(tokens)}, merges)
+    >>> tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
+    >>> toy = Encoder({token: id for id, token in enumerate(tokens)}, merges, ["<|endoftext|>"])
     >>> toy.bpe("lower")
     ['low', 'er']
-    >>> toy.encode("lower")
-    [257, 258]
+    >>> toy.encode("lower<|endoftext|>", allowed_special="all")
+    [257, 258, 259]
     >>> toy.decode([257, 258])
     'lower'
     """
 
-    def __init__(self, encoder, bpe_merges):
+    def __init__(self, encoder, bpe_merges, special=(), added=()):
         self.encoder = encoder
-        self.decoder = {id: token for token, id in encoder.items()}
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
-        self.endoftext = [id for token, id in encoder.items() if token == "<|endoftext|>"]
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
+        self.special = {token: encoder[token] for token in (*special, *added)}
+        self.added = {*added}
+        self.decoder = {id: self.spell(token) for token, id in encoder.items()}
         self.cache = {}
 
+    def spell(self, token):
+        """Write a token with one visible character for each byte, as most are written already."""
+        if token in self.special or not self.byte_decoder.keys() >= {*token}:
+            return "".join(self.byte_encoder[byte] for byte in token.encode("utf-8"))
+        return token
+
     def bpe(self, word):
-        """Merge neighbours in one word, each time the pair of lowest rank, as long as any has one.
+        """Merge neighbours in one word, each time the pair that comes first in the merges."""
+        # Every part stands between two spaces of its own, so that only whole parts are replaced.
+        parts = "".join(f" {char} " for char in word)
+        while pairs := {pair for pair in pairwise(parts.split()) if pair in self.bpe_ranks}:
+            first, second = min(pairs, key=self.bpe_ranks.get)
+            parts = parts.replace(f" {first}  {second} ", f" {first}{second} ")
+        return parts.split()
 
-        Ranks wait in a heap and neighbours are linked: a word of n bytes takes O(n log n) steps.
+    def encode(self, text, allowed_special=()):
+        """Turn text into ids. As in OpenAI's code, <|endoftext|> is plain text like any other.
+
+        With `allowed_special`, special and added tokens in the text become one id each: "all" of
+        them, or those in a set of their names. Where several begin, the longest counts. Raises
+        ValueError for a lone surrogate, which has no UTF-8, and for a byte that has no token.
         """
-        parts = [*word, None]  # a ring: None, between the last and the first, has no rank
-        before, after = [*range(-1, len(word))], [*range(1, len(word) + 1), 0]
-        ranks = self.bpe_ranks
-        heap = sorted((ranks[pair], i) for i, pair in enumerate(pairwise(word)) if pair in ranks)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = after[i]
-            if ranks.get((parts[i], parts[j])) != rank:
-                continue  # one of the two was merged with its other neighbour in the meantime
-            parts[i], parts[j] = parts[i] + parts[j], None
-            after[i], before[after[j]] = after[j], i
-            for k in (before[i], i):
-                if (pair := (parts[k], parts[after[k]])) in ranks:
-                    heapq.heappush(heap, (ranks[pair], k))
-        return [part for part in parts if part]
-
-    def encode(self, text):
-        """Turn text into ids; raises ValueError for a lone surrogate, which has no UTF-8."""
-        if lone := regex.search(r"[\ud800-\udfff]", text):
-            raise ValueError(f"the text has a lone surrogate, {lone[0]!r} at {lone.start()}")
-        # Words are kept, since most come again, but not so many that they fill the memory.
-        ids, self.cache = [], self.cache if len(self.cache) <= 100_000 else {}
-        for word in regex.findall(PATTERN, text):
-            if word not in self.cache:
-                chars = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
-                self.cache[word] = [self.encoder[token] for token in self.bpe(chars)]
-            ids += self.cache[word]
+        allowed = self.special if allowed_special == "all" else allowed_special
+        names = self.special.keys() & allowed
+        ids = []
+        for piece in cut(text, names - self.added):
+            for part in [piece] if piece in names else cut(piece, names & self.added):
+                ids += [self.special[part]] if part in names else self.encode_ordinary(part)
         return ids
 
+    def encode_ordinary(self, text):
+        """Turn text into ids, without a look for special and added tokens."""
+        words = regex.findall(PATTERN, text)
+        for word in {*words} - self.cache.keys():
+            parts = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
+            if lost := {*parts} - self.encoder.keys():
+                byte = f"{self.byte_decoder[min(lost)]:#04x}"
+                raise ValueError(f"the vocabulary has no token for the byte {byte} in {word!r}")
+            self.cache[word] = [self.encoder[part] for part in parts]
+        return [id for word in words for id in self.cache[word]]
+
     def decode(self, ids):
-        """Turn ids into text, U+FFFD where a character is cut; raises ValueError for a false id."""
+        """Turn ids into text, with U+FFFD for what is no UTF-8. Raises ValueError for no id."""
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids):
-        """Yield the text of each id as it comes; a character that is cut in two waits for its rest.
+        """Yield the text of each id as it comes. A character that is cut in two waits for its rest.
 
         >>> toy = Encoder({char: byte for byte, char in bytes_to_unicode().items()}, [])
         >>> list(toy.decode_stream(toy.encode("né!")))
@@ -104,62 +115,86 @@ class Encoder:
         yield utf_8.decode(b"", final=True)
 
 
+def cut(text, names):
+    """Cut a text before and after each of these tokens."""
+    pattern = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
+    return regex.split(f"({pattern})", text) if names else [text]
+
+
 def get_encoder(model_name, models_dir):
-    """Read the vocabulary in `models_dir/model_name`, and check that it is of GPT-2's kind.
+    """Read the tokenizer in the folder `models_dir/model_name`.
 
     It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
-    OpenAI's `encoder.json` and `vocab.bpe`. Raises OSError where a file is missing, and ValueError
-    where one is not what it should be.
+    OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and `single_word` of added
+    tokens are ignored. Raises FileNotFoundError where a file is missing, and ValueError where one
+    is damaged, or is not of GPT-2's kind.
     """
     folder = Path(models_dir, model_name)
-    usual = "tokenizer.json" if (folder / "config.json").exists() else "encoder.json"
-    name = next((name for name in FILES if (folder / name).exists()), usual)
-    encoder = read_json(folder / name)
-    if name == "tokenizer.json":
-        encoder, merges, special = read_tokenizer(encoder, folder / name)
-    else:
-        merges = regex.findall(r"(?m)^(?!#version)(\S+) (\S+)$", read_text(folder / FILES[name]))
-        special = {token for token in encoder if regex.fullmatch(r"<.+>|\[.+\]", token)}
-    if {*map(repr, encoder.values())} != {*map(repr, range(len(encoder)))}:
-        raise ValueError(f"{folder / name} does not number its tokens from 0 on")
-    byte_encoder = bytes_to_unicode()
-    tokens = {*byte_encoder.values(), *map("".join, merges)}
-    special -= tokens
-    if any(len(pair) != 2 for pair in merges) or tokens != encoder.keys() - special:
-        raise ValueError(f"{folder / (FILES[name] or name)} and {name} do not belong together")
-    # A special token is a text, the others are bytes written as characters: now that one is too.
-    spelt = {token: "".join(map(byte_encoder.get, token.encode())) for token in special}
-    return Encoder({spelt.get(token, token): id for token, id in encoder.items()}, merges)
-
-
-def read_tokenizer(content, path):
-    """Take tokens, merges and special tokens from what Hugging Face's `tokenizers` writes."""
+    name = next((name for name in FILES if (folder / name).exists()), "tokenizer.json")
+    content = read_json(folder / name)
+    if FILES[name]:
+        merges = regex.findall(r"(?m)^(?!#version).+$", read_text(folder / FILES[name]))
+        content = {"model": {"vocab": content, "merges": merges}, "pre_tokenizer": {}}
     try:
-        model, special = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
-        tokens = model["vocab"] | special
-        found = OPTIONS | content | model | content["pre_tokenizer"]
-        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        model, found = content["model"], OPTIONS | content | content["pre_tokenizer"]
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        ids, special = read_added_tokens(folder, content.get("added_tokens", []))
+        encoder, merged = model["vocab"] | ids, {*map("".join, merges)}
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no byte-level BPE of `tokenizers`: {error!r}") from None
-    if wrong := [name for name in OPTIONS if found[name] != OPTIONS[name]]:
-        raise ValueError(f"{path}: {wrong[0]} must be {OPTIONS[wrong[0]]!r}, as in GPT-2")
-    return tokens, [line.split(" ") for line in lines], special.keys()
+        raise ValueError(f"{folder / name} is no byte-level BPE: {error!r}") from None
+    if wrong := [option for option in OPTIONS if found[option] != OPTIONS[option]]:
+        rule = f"{wrong[0]} must be {OPTIONS[wrong[0]]!r}, as in GPT-2's byte-level BPE"
+        raise ValueError(f"{folder / name}: {rule}")
+    if {*map(repr, encoder.values())} != {*map(repr, range(len(encoder)))}:
+        raise ValueError(f"{folder / name} does not number its tokens from 0 on without a gap")
+    # All other tokens are single bytes or come from merges, but for unused ones such as [PAD].
+    others = encoder.keys() - ids.keys() - special
+    plain = {token for token in others if not regex.fullmatch(r".|<.+>|\[.+\]", token)}
+    if {*map(len, merges)} - {2} or not plain <= merged <= encoder.keys():
+        raise ValueError(f"{folder / (FILES[name] or name)} and {name} do not belong together")
+    return Encoder(encoder, merges, special & encoder.keys(), ids.keys() - special)
+
+
+def read_added_tokens(folder, entries):
+    """Return the ids of special and added tokens, and the names of the special ones.
+
+    `tokenizers` lists them in tokenizer.json, as `entries`. Slow tokenizers wrote three files
+    beside vocab.json, and some of these only name a token that has its id in the vocabulary.
+    """
+    files = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+    paths = [folder / name for name in files]
+    ids, config, roles = (read_json(path) if path.exists() else {} for path in paths)
+    decoder = config.pop("added_tokens_decoder", {})
+    entries = [*entries, *({"id": int(id)} | entry for id, entry in decoder.items())]
+    ids |= {entry["content"]: entry["id"] for entry in entries}
+    # Tokens that are not "normalized" are those that `tokenizers` finds first.
+    first = {e["content"] for e in entries if not e.get("normalized", not e.get("special"))}
+    named = names([value for key, value in (config | roles).items() if "_token" in key])
+    return ids, {"<|endoftext|>", *first, *named}
+
+
+def names(field):
+    """Return all texts in a value of JSON, however deep they stand in dicts and lists."""
+    if isinstance(field, str):
+        return {field}
+    items = field.values() if isinstance(field, dict) else field if isinstance(field, list) else ()
+    return {name for item in items for name in names(item)}
 
 
 def read_json(path):
-    """Read the dict in a JSON file; raises ValueError, with the path, for anything else."""
+    """Read the dict in a JSON file. Raises ValueError, which names the file, for anything else."""
     try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+        return {**json.loads(read_text(path))}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
 
 
 def read_text(path):
-    """Read a file as UTF-8, whatever the platform prefers; raises ValueError, with the path."""
+    """Read UTF-8, with or without a byte order mark; every line end becomes "\\n".
+
+    Raises ValueError, which names the file, for anything else.
+    """
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason}") from None

@@ -1,25 +1,69 @@
 """GPT-2 in sixty lines of NumPy, to read beside the tutorial "GPT in 60 Lines of NumPy".
 
-GPT-2 reads a text as ids, the numbers of its tokens (words and parts of words), and scores every
-token of its vocabulary as the next one. The sizes in the shapes below, with those of OpenAI's 124M:
+GPT-2 continues a text. It reads the text as tokens, which are words, parts of words and
+punctuation: "Hello, world!" is "Hello", ",", " world" and "!". Every token in the vocabulary of the
+model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of ids, the model
+returns logits: scores that say how well each token of the vocabulary would fit next. `generate`
+picks a token by these scores, appends its id, and asks the model again.
 
-    n_seq   how many tokens are read now           n_vocab  how many tokens there are, 50,257
-    n_past  how many were read before them         n_layer  how many blocks there are, 12
-    n_ctx   how many it can take in all, 1,024     n_head   how many heads a block has, 12
-    n_embd  how many numbers stand for one, 768    d        one head's share, n_embd / n_head
+Inside the model, each token is a row of numbers. The rows form an array `x` that runs through the
+whole model, the residual stream. At first, a row says which token it is and at which position. Then
+a stack of blocks adds to the rows. In each block, attention adds information from the row itself
+and the rows before it. Then a feed-forward network adds what it computes from each row alone. In
+the end, a row describes the token that should come next. The sizes, with those of OpenAI's 124M:
 
-The parameters are nested dicts and lists of arrays, named as in OpenAI's checkpoints. `**` passes a
-dict's entries by name: `layer_norm(x, **ln_f)` is `layer_norm(x, g=..., b=...)`. A function needs
-NumPy and the functions it calls; with `import jax.numpy as np` below instead, all run on JAX.
+    n_vocab  tokens in the vocabulary                               50,257
+    n_ctx    tokens in the longest text it can read, the context    1,024
+    n_embd   numbers in the row of a token                          768
+    n_layer  blocks                                                 12
+    n_head   attention heads in each block                          12
+    d        numbers in a query, key or value of one head           64, that is n_embd / n_head
+    n_seq    tokens that the model reads in this call               as many as `inputs` has
+    n_past   tokens that it has read in earlier calls               0 without a cache
+    n_q, n_k queries of this call, keys of this and earlier calls   n_seq, n_past + n_seq
+
+The parameters are the numbers that training has found. They are nested dicts and lists of arrays,
+named as in OpenAI's checkpoints: `wte` and `wpe` (weights of the token and position embeddings),
+`ln_f` (the final layer norm), and `blocks`, a list with a dict for each block:
+
+    attn  c_attn  w [n_embd, 3*n_embd]  b [3*n_embd]    makes queries, keys and values
+          c_proj  w [n_embd, n_embd]    b [n_embd]      projection: mixes what the heads found
+    mlp   c_fc    w [n_embd, 4*n_embd]  b [4*n_embd]    fully connected: widens each row
+          c_proj  w [4*n_embd, n_embd]  b [n_embd]      projection: narrows it again
+    ln_1, ln_2    g [n_embd]            b [n_embd]      layer norms before `attn` and before `mlp`
+
+A block has 12 * n_embd**2 + 13 * n_embd numbers. `attn` goes to the function `mha`, and `mlp`
+(multi-layer perceptron) to `ffn`. `**` passes the entries of a dict by name: `linear(x, **c_fc)` is
+`linear(x, w=c_fc["w"], b=c_fc["b"])`.
+
+`generate` reads the whole prompt in its first step, and one new token in each later step. A cache
+keeps the keys and values of all tokens read before. After a prompt of seven tokens, in 124M:
+
+                                        step 1          step 2
+    inputs                              7 ids           1 id
+    x, the residual stream              [7, 768]        [1, 768]
+    q, in each block                    [12, 7, 64]     [12, 1, 64]
+    k and v, with those in the cache    [12, 7, 64]     [12, 8, 64]
+    scores, each query with each key    [12, 7, 7]      [12, 1, 8]
+    hidden, in `ffn`                    [7, 3072]       [1, 3072]
+    logits, of the last token           [1, 50257]      [1, 50257]
+
+Each function works in a notebook beside NumPy and the functions that it calls. All run on JAX if
+`import jax.numpy as np` takes the place of the line below. JAX compiles, batches and differentiates
+functions that return new arrays and change none in place. These do so, except that `mha` writes
+into the cache. JAX's arrays cannot be written into, so the cache is always a NumPy array.
 """
 
 import numpy as np
 
+# --- Layers: each of these functions works on every row by itself ---
+
 
 def gelu(x):
-    """Keep large positive numbers, turn large negative ones into 0: the Gaussian error linear unit.
+    """Keep large positive numbers, and turn large negative numbers into almost 0.
 
-    A tanh approximates it, as in Hendrycks and Gimpel (2016) and OpenAI's code; `x**3` is slower.
+    The Gaussian error linear unit is a smooth form of `np.maximum(x, 0)`. The formula with tanh is
+    Hendrycks and Gimpel's approximation (2016), as in OpenAI's code. `x**3` would be slower.
 
     >>> gelu(np.array([-2.0, 0.0, 2.0])).round(4)
     array([-0.0454,  0.    ,  1.9546])
@@ -28,30 +72,28 @@ def gelu(x):
 
 
 def softmax(x):
-    """Turn each row of scores `[..., n]` into probabilities, or weights: none below 0, 1 in sum.
-
-    The largest of a row is taken away first, so that `exp` cannot overflow; it cancels out.
+    """Turn each row of scores `[..., n]` into probabilities: numbers from 0 to 1 that add up to 1.
 
     >>> softmax(np.array([1000.0, 1000.0, -1e10]))
     array([0.5, 0.5, 0. ])
     """
+    # Subtracting the largest score prevents overflow in `exp` and does not change the result.
     exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    exp_x /= np.sum(exp_x, axis=-1, keepdims=True)
-    return exp_x
+    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1; multiply by `g`, add `b`.
+    """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, then multiply and add.
 
-    So the next layer finds its input in the same range, however large `x` has grown. Gain `g` and
-    bias `b` are learnt; `eps`, as in OpenAI's code, prevents a division by zero.
+    "Norm" means normalisation here, not the length of a vector. The next layer gets numbers of the
+    same scale, however large `x` has grown. Training has found the gain `g` and the bias `b`. `eps`
+    prevents a division by 0, and its value is that of OpenAI's code.
 
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), g=np.ones(3), b=np.zeros(3)).round(3)
     array([[-1.225,  0.   ,  1.225]])
     """
     centred = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)
-    return g * centred / np.sqrt(variance + eps) + b
+    return g * centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps) + b
 
 
 def linear(x, w, b):
@@ -60,135 +102,191 @@ def linear(x, w, b):
 
 
 def ffn(x, c_fc, c_proj):
-    """Work on each position by itself: `[n_seq, n_embd] -> [n_seq, 4*n_embd] -> [n_seq, n_embd]`.
+    """Feed-forward network: widen each row of `x` `[n_seq, n_embd]`, bend it, and narrow it again.
 
-    Without `gelu`, `c_fc` (fully connected) and `c_proj` (projection) would act as one matrix.
+    `gelu` does the bending. Without it, the two linear layers could do no more than one.
     """
-    return linear(gelu(linear(x, **c_fc)), **c_proj)
+    hidden = gelu(linear(x, **c_fc))  # [n_seq, 4*n_embd]
+    return linear(hidden, **c_proj)
+
+
+# --- The model: attention, the only place where rows meet, and the stack of blocks around it ---
 
 
 def attention(q, k, v, mask):
-    """Give each query the average of the values, weighted by how well their keys match the query.
+    """For each query, return the average of the values, weighted by how well their keys match.
 
-    Queries `q` are `[..., n_q, d]`, keys `k` and values `v` `[..., n_k, d]`. The scores `[..., n_q,
-    n_k]`, sums of d products, grow with the root of d: undivided, they would give one key almost
-    all weight. The mask `[n_q, n_k]` is 0, or so negative that the weight of a key becomes 0.
+    A Python dict returns the one value whose key equals the query. Attention is a dict in which
+    every key matches a little. The score of a query and a key is their dot product, and softmax
+    turns the scores of one query into weights.
+
+    >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
+    >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # this query matches the first key
+    array([[10.]])
+    >>> attention(np.array([[1.0, 1.0]]), k, v, mask=0.0)  # this one matches both equally
+    array([[15.]])
+    >>> attention(np.array([[1.0, 1.0]]), k, v, mask=np.array([[-1e10, 0.0]]))  # first key hidden
+    array([[20.]])
+
+    The shapes are `q` `[..., n_q, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_q, n_k]`. A score is
+    a sum of d products, so its typical size grows with the root of d. Without a division by that
+    root, one key would often get almost all the weight.
     """
-    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask
+    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v
 
 
 def mha(x, c_attn, c_proj, n_head, kv=None):
-    """Multi-head attention: let each position of `x` `[n_seq, n_embd]` see those up to itself.
+    """Multi-head attention: each row of `x` `[n_seq, n_embd]` sees itself and the rows before it.
 
-    Each head attends with its own d columns of queries, keys and values; `c_proj` mixes what all
-    found. A `kv` `[2, n_head, n_past + n_seq, d]` begins with the keys and values of positions read
-    before, if any, which stay valid because none of them looks ahead; those of `x` go after them.
+    `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
+    says what the row has to offer. The value is what the row gives to those that find it. A head
+    is one attention, with d columns of the queries, keys and values. The heads work side by side,
+    so that each can look for something else, and `c_proj` mixes what they found.
+
+    `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. It begins with the keys
+    and values of earlier tokens, and `mha` writes those of `x` into the rest. The earlier ones stay
+    valid, because in every layer a row depends on its own token and the ones before it alone.
     """
     n_seq, n_embd = x.shape
-    n_past = 0 if kv is None else kv.shape[2] - n_seq
-    # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]: queries, keys, values
-    qkv = linear(x, **c_attn).reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)
-    if kv is None:
-        kv = qkv[1:]
-    else:
-        kv[:, :, n_past:] = qkv[1:]
-    # 0 up to a query's own position, then -1e10, as in OpenAI's code: 0 * infinity would be NaN.
-    mask = (np.tri(n_seq, n_past + n_seq, n_past, dtype=x.dtype) - 1) * 1e10
-    heads = attention(qkv[0], kv[0], kv[1], mask)  # [n_head, n_seq, d]
+    # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
+    q, k, v = linear(x, **c_attn).reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)
+    if kv is not None:
+        kv[:, :, -n_seq:] = k, v
+        k, v = kv  # [n_head, n_k, d] each
+    # `np.tri` gives each query a row: 1 for every key up to its own, then 0 for the keys after it.
+    # The mask has 0 for 1 and -1e10 for 0, as in OpenAI's code, so that later keys get no weight.
+    # The factor must be finite: where `tri - 1` is 0, 0 * infinity would be NaN.
+    mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
+    heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
-    """Add to `x` `[n_seq, n_embd]` what `attn` finds, and then what `mlp`, the feed-forward, finds.
+    """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
-    It only adds, so that what earlier blocks found stays in `x`, and in training the gradient finds
-    its way back. Norms come before each part: after the sum, as in GPT-1, they would rescale it.
+    A block replaces nothing, so later blocks can still use what earlier ones added. In training,
+    the gradient flows back through the sums to the first block, and sums do not weaken it. Each
+    part normalises only its own input: normalising after the sum, as in GPT-1, rescales all of `x`.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
-    """Return logits `[n_seq, n_vocab]`: after each of the ids `inputs`, each next token's score.
+    """Return logits `[n_seq, n_vocab]`: for each of the ids `inputs`, what would fit after it.
 
-    `wte` `[n_vocab, n_embd]` and `wpe` `[n_ctx, n_embd]` (weights of token and position embeddings)
-    say what each token and each position is like; an average alone knows no order. `wte` serves
-    again at the end: a token's score is the product of its row with what the blocks made of `x`.
-    With a cache `[n_layer, 2, n_head, n_past + n_seq, d]`, a `kv` for each block, `inputs` follow
-    the `n_past` tokens in it, and only the last position's logits `[1, n_vocab]` come back.
+    Each id picks its row of `wte` `[n_vocab, n_embd]`. Attention compares what two rows contain,
+    not where they are. So each row gets a row of `wpe` `[n_ctx, n_embd]` added for its position.
+
+    The blocks make some rows larger than others, and `ln_f` brings all to one scale. Then a row
+    describes the next token, and its dot product with a row of `wte` is the logit of that token.
+    `wte` may serve at both ends: a token means the same when it is read and when it is predicted.
+
+    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. Its width tells
+    how many tokens were read before `inputs`. With a cache, only the last row of logits comes back,
+    `[1, n_vocab]`, because that row alone decides on the next token.
     """
-    n_past = 0 if cache is None else cache.shape[3] - len(inputs)
+    # Without a cache, no tokens were read before, all rows are wanted, and no block has a `kv`.
+    n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
+    if cache is not None:
+        n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
+    # When JAX batches this function, the ids are placeholders, and a NumPy `wte` cannot be indexed
+    # by them. `np.take` is JAX's then and can. It refuses lists of ids, hence `np.asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
-    for i, block in enumerate(blocks):
-        x = transformer_block(x, **block, n_head=n_head, kv=None if cache is None else cache[i])
-    return layer_norm(x if cache is None else x[-1:], **ln_f) @ wte.T
+    for block, kv in zip(blocks, kvs, strict=True):
+        x = transformer_block(x, **block, n_head=n_head, kv=kv)
+    return layer_norm(x[wanted], **ln_f) @ wte.T
+
+
+# --- Generation: from logits to a token, and from token to token ---
 
 
 def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
-    """Draw an id by the probabilities that one position's logits `[n_vocab]` stand for.
+    """Sample an id by the probabilities that the logits `[n_vocab]` of one position stand for.
 
-    A temperature below 1 favours likely ids, one above 1 levels all. Of the `top_k` likeliest, only
-    the fewest that together reach `top_p` can be drawn. `random` is NumPy's `default_rng()`, say.
+    A temperature below 1 makes likely ids even likelier, and one above 1 gives unlikely ids more of
+    a chance. First, `top_k` keeps that many of the likeliest ids, whose probabilities are scaled to
+    add up to 1. Then `top_p` keeps the likeliest of these, as many as it takes to reach `top_p`.
+
+    >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
+    >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
+    [1, 2, 1, 2, 1, 1, 2, 1, 1, 1]
     """
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    reached = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
-    kept = reached[: 1 + np.sum(reached < top_p)]  # up to the first that reaches top_p
-    return int(ids[np.searchsorted(kept, random.random() * kept[-1], side="right")])
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64, for long sums
+    totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
+    # Laid end to end, the probabilities make a line, on which a random point chooses the id. The
+    # point can be at the start and never at the end, so a border counts for the id after it: `>`.
+    return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
 def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
-    """Yield the ids that follow `inputs`, one by one, as `pick` chooses them by logits `[n_vocab]`.
+    """Yield the ids that follow `inputs`, one by one; by default until the context is full.
 
-    The first step reads the prompt, each later one a single token, since the cache keeps the keys
-    and values of those before; a slice of it is a view, into which `mha` writes. By default it
-    fills the context. Raises ValueError if the prompt is empty, or too long with the new tokens.
+    `pick` gets the logits `[n_vocab]` and returns an id. The default, `np.argmax`, is greedy: it
+    takes the likeliest. A cache saves reading tokens twice. For 1,024 tokens, 124M needs 72 MiB:
+    12 layers x 2 (keys and values) x 1,024 tokens x 768 numbers x 4 bytes.
+
+    Raises ValueError if the prompt is empty or too long, or if the new tokens do not fit. `stream`
+    is a generator: it starts, and raises, only when you ask for its first id.
     """
-    from numpy import empty  # even on JAX, whose own arrays cannot be written into
+    from numpy import empty  # not JAX's, whose arrays cannot be written into
 
     n_ctx, n_embd = params["wpe"].shape
     n_total = n_ctx if n_tokens_to_generate is None else len(inputs) + n_tokens_to_generate
-    if not len(inputs) or n_total not in range(len(inputs), n_ctx + 1):
-        why = f"{len(inputs)} tokens of prompt, {n_total} with new: the context takes 1 to {n_ctx}"
-        raise ValueError(why if len(inputs) else "the prompt is empty: it takes at least one id")
+    if len(inputs) not in range(1, n_ctx + 1):
+        raise ValueError(f"The prompt has {len(inputs):,} tokens. It must have 1 to {n_ctx:,}.")
+    if n_total not in range(len(inputs), n_ctx + 1):
+        raise ValueError(f"The prompt leaves room for 0 to {n_ctx - len(inputs):,} new tokens.")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
-    unread = inputs
-    for n_known in range(len(inputs), n_total):
-        logits = gpt2(unread, **params, n_head=n_head, cache=cache[:, :, :, :n_known])
-        unread = [int(pick(logits[-1]))]
-        yield unread[0]
+    for n_read in range(len(inputs), n_total):
+        # This slice is a view of the cache, so what `mha` writes into it stays in the cache.
+        logits = gpt2(inputs, **params, n_head=n_head, cache=cache[:, :, :, :n_read])
+        id = int(pick(logits[-1]))
+        yield id
+        inputs = [id]  # the only token that the model has not read yet
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, pick=np.argmax):
-    """Return the list of ids that follow `inputs`, each time the likeliest without a `pick`."""
+    """Return the list of ids that follow `inputs`. The default is greedy. To sample:
+
+    random = np.random.default_rng(1)
+    generate(inputs, params, n_head, 20, lambda logits: sample(logits, random, temperature=0.8))
+    """
     return list(stream(inputs, params, n_head, pick, n_tokens_to_generate))
 
 
-def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models", temperature=0,
-         top_k=None, top_p=1.0, seed=None, *, show=str):  # fmt: skip
+def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models",
+         temperature=None, top_k=None, top_p=1.0, seed=None, *, show=str):  # fmt: skip
     """Continue a prompt with GPT-2, and return the text that it writes.
 
     Args:
-        prompt: the text to go on from, "" for a new one; in a shell, none or - is standard input
-        n_tokens_to_generate: how many tokens to add, of about four letters each
+        prompt: the text to continue; "" starts a new text; in a shell, - reads standard input
+        n_tokens_to_generate: the number of tokens to add; a token has about four letters
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
-        models_dir: where models are, and where a published one is downloaded to
-        temperature: 0 takes the likeliest token each time; above 0 draws, 1 as the model learnt
-        top_k: where it draws, from this many of the likeliest tokens only
-        top_p: where it draws, from the likeliest tokens that together have this probability
-        seed: a whole number, for drawing the same text at each run
-        show: from Python, called with each piece of text as it is found
+        models_dir: the folder of the models; OpenAI's are downloaded into it when first used
+        temperature: sample, the more freely the higher. The default and 0 take the likeliest token
+            each time (greedy). Any of --top_k, --top_p and --seed alone samples at temperature 1
+        top_k: sample from this many of the likeliest tokens only
+        top_p: sample from the likeliest tokens only, enough to reach this probability together
+        seed: a whole number; the same seed gives the same text again
+        show: in Python, a function that gets each piece of text as soon as it is there
     """
+    from itertools import takewhile
+
     from utils import load_encoder_hparams_and_params, picker, whole_number
 
     n_new = whole_number("n_tokens_to_generate", n_tokens_to_generate)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt) or encoder.endoftext  # which stood between texts in training
+    inputs = encoder.encode(prompt, "all") or encoder.bos
+    new = stream(inputs, params, hparams["n_head"], pick, n_new)
+    ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []
-    for piece in encoder.decode_stream(stream(inputs, params, hparams["n_head"], pick, n_new)):
+    for piece in encoder.decode_stream(ids):
         show(piece)
         pieces.append(piece)
     return "".join(pieces)

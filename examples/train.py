@@ -1,490 +1,369 @@
-"""Train a GPT-2 on a text of your own, from nothing or from the weights of another model.
+"""Train a GPT-2 on your own text, from nothing or from an existing model.
 
     pip install -r examples/requirements.txt
     python examples/train.py my.txt models/mine                        # learns the text by heart
-    python examples/train.py my.txt models/mine --start models/124M    # teaches GPT-2 its manner
+    python examples/train.py my.txt models/tuned --start models/124M   # fine-tunes GPT-2
 
-The model is `gpt2` of `gpt2.py` with JAX in NumPy's place; JAX and optax do the rest. Told in
-order: the data, the model, the step, the loop, how a model is saved, and what it knows by heart.
+The model is the function `gpt2` of `gpt2.py`, with JAX in place of NumPy. JAX computes how the loss
+depends on the parameters, and optax changes the parameters so that the loss falls.
+
+A model learns from windows. A window is a run of tokens from the text. The model reads all but the
+last of them, and learns to predict all but the first. This file first chooses the windows, then
+trains on them, then saves the model. At the end it tests how much of the text the model knows.
 """
 
-import contextlib
 import json
-import os
-import shutil
 import signal
 import sys
 import tempfile
+from itertools import islice, takewhile
 from pathlib import Path
-from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import jax  # if it is missing: pip install -r examples/requirements.txt
+import numpy as np
+import optax
+import regex
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import numpy as safetensors
+from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
 
-try:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-    import regex
-    from jax.experimental.multihost_utils import process_allgather
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from safetensors import numpy as safetensors
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-except ImportError as error:
-    sys.exit(f"{error}: pip install -r examples/requirements.txt")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from encoder import PATTERN, Encoder, bytes_to_unicode, read_text  # noqa: E402
-from gpt2 import gpt2  # noqa: E402
-from utils import (  # noqa: E402
-    CONFIG,
-    HPARAMS,
-    build_params,
-    command_line,
-    huggingface_name,
-    load_encoder_hparams_and_params,
-    progress,
-)
+import gpt2
+import utils
+from encoder import Encoder, read_text
 
+END = "<|endoftext|>"  # the token between two texts
 SIZES = {"n_ctx": 256, "n_embd": 160, "n_head": 4, "n_layer": 4}  # of a model from nothing
-FROM_NOTHING = {"steps": 12000, "batch": 48, "length": 40, "lr": 0.02}
-FROM_START = {"steps": 200, "batch": 4, "length": 128, "lr": 1e-4}
-CLOCK = {"bar_format": "{desc} {elapsed}"}  # as long as nobody knows how much there is to do
-# Where windows begin: short ones where a prompt may, long ones where a text does.
-SHORT = {"line": 0.2, "clause": 0.15, "word": 0.45, "typed": 0.2}
-LONG = {"line": 0.9, "text": 0.1}
-ASKED = 500  # prompts of a kind
-# What it is asked in the end: where prompts begin, how many tokens they have at least, how many
-# are to follow, and how the prompt is typed.
-EXAM = {
-    "40 tokens or more from the start of a speech": ("speech", 40, 40, None),
-    "a line of 8 tokens or more": ("line", 8, 40, None),
-    "5 tokens or more from the start of a clause": ("clause", 5, 16, None),
-    "6 tokens or more from any word on": ("word", 6, 16, None),
-    "a line of 8 tokens or more in small letters": ("line", 8, 16, 0),
-    "a line of 8 tokens or more without punctuation": ("line", 8, 16, 1),
-    "a line of 8 tokens or more without either": ("line", 8, 16, 2),
+
+# The kinds of places in a text where a window or a prompt may begin. A regular expression finds the
+# first word there. But it finds all of "a whole line", and the last of the "typed words". The
+# numbers say how many of the short and of the long windows begin at such a place.
+PLACES = {
+    "the start of a line": (r"(?<=\n)\S+", (0.2, 0.9)),
+    "the start of a clause": (r"(?<=[,;:.!?] )\S+", (0.15, 0)),
+    "some words": (r"\S+", (0.45, 0)),
+    "typed words": (r"(?<=\n\S+(?: +\S+){2,18} +)\S+", (0.2, 0)),
+    "the text": (r"\A", (0, 0.1)),
+    "the start of a speech": (r"(?<=\S\n\n)\S+", (0, 0)),
+    "a whole line": (r"(?<=\n)\S(?:.*\S)?", (0, 0)),
 }
 
+# The exam has several kinds of questions. Each says where its prompts begin, how many tokens they
+# have at least, how many tokens the model must add, and how the prompts are typed.
+ASKED = 500  # the most questions of a kind
+MANNERS = {None: "as in the text", 0: "in lower case", 1: "no punctuation", 2: "neither"}
+EXAM = [("the start of a speech", 40, 40, None), ("a whole line", 8, 40, None)]
+EXAM += [("the start of a clause", 5, 16, None), ("some words", 6, 16, None)]
+EXAM += [("a whole line", 8, 16, manner) for manner in (0, 1, 2)]
 
-def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, lr=None,
-         coordinator_address=None, num_processes=None, process_id=None):  # fmt: skip
-    """Train a model on a plain text, and write it in the layout of Hugging Face.
+
+def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, lr=None):
+    """Train a model on a text file, and save it in Hugging Face's layout.
+
+    Without --start, a small model learns the text by heart. The default of 12,000 steps takes 30 to
+    60 minutes on two processor cores. For a text of 10 KB, --steps 600 is enough and takes two or
+    three minutes. With --start, an existing model is fine-tuned on the text.
 
     Args:
-        text_path: the text, in UTF-8
-        model_dir: the folder of the model; the one in it stays until the new one is complete
-        start: the folder of a model to go on from; without it, one begins from nothing
-        steps: how many batches to learn from, 12000, or 200 with --start; 0 trains nothing, and
-            counts how much of the text the model in model_dir knows by heart
-        batch: how many windows of the text make a batch, 48, or 4 with --start
-        length: how many tokens a window has, 40 (in one batch of seven, 256), or 128 with --start
+        text_path: a text file in UTF-8; if it holds several texts, put <|endoftext|> between them
+        model_dir: the folder to save the model in; a model that is already there is replaced
+        start: the folder of the model to fine-tune, such as models/124M
+        steps: how many batches to learn from, 12000, or 200 with --start; --steps 0 trains nothing,
+            but tests how much of the text the model in model_dir knows by heart
+        batch: how many windows of the text are in a batch, 48, or 4 with --start
+        length: how many tokens a window has, 40, or 128 with --start; without --start, one batch in
+            seven has fewer windows of 256 tokens
         lr: the highest learning rate, 0.02, or 0.0001 with --start
-        coordinator_address: the host and port of process 0, where several train together; "auto"
-            leaves it and the next two to JAX, which knows Slurm, MPI and Kubernetes
-        num_processes: how many processes there are
-        process_id: which of them this one is, from 0 on
     """
     given = {"steps": steps, "batch": batch, "length": length, "lr": lr}
     given = {name: number(name, value) for name, value in given.items() if value is not None}
-    options = (FROM_START if start else FROM_NOTHING) | given
-    team = {"num_processes": num_processes, "process_id": process_id}
-    team = {name: number(name, value) for name, value in team.items() if value is not None}
-    text, model_dir = read_text(text_path), Path(model_dir).resolve()
-    if not options["steps"]:
+    text = read_text(text_path)
+    model_dir = Path(model_dir).expanduser().resolve()
+    if given.get("steps") == 0:
         return recite(text, model_dir)
-    with (
-        progress(desc="Waiting for the others" if team else "Reading", **CLOCK) as bar,
-        joined(coordinator_address, **team) as writes,
-        stoppable() as signals,  # after JAX, which takes SIGTERM for itself
-    ):
-        bar.disable = not writes
-        bar.set_description_str("Reading")
-        model, *lesson = (from_start if start else from_nothing)(text, start, **options)
-        if writes:
-            expect_room(model_dir, model["params"])
-        report, signum = train(model, *lesson, options["steps"], signals, bar)
-        if writes and report:
-            bar.set_description_str(f"Saving {model_dir}")
-            save(model_dir, **model)
-    if signum:
-        kept = report and f"{model_dir} has what was learnt until then. {report}"
-        if writes:
-            print("Stopped.", kept or "Nothing was learnt yet, and nothing is written.")
-        sys.exit(128 + signum)
-    if not writes:
-        return ""
+    encoder, hparams, params, *lesson = (
+        from_start(text, start, **given) if start else from_nothing(text, **given)
+    )
+    # A folder that cannot be written should be noticed now, and not after the training.
+    existing = next(path for path in (model_dir, *model_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file. Choose another folder for the model.")
+    tempfile.TemporaryFile(dir=existing).close()
+    signals = []  # Ctrl-C and SIGTERM are only noted here, so that the model can be saved
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: signals.append(signum))
+    report, params = train(params, hparams["n_head"], *lesson, signals)
+    if report:
+        save(model_dir, encoder, hparams, params)
+        report = f"The model is in {model_dir}.\n{report}"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signals:
+        print("Stopped.", report or "Nothing was learnt yet, so nothing was saved.")
+        sys.exit(128 + signals[0])
     return report if start else f"{report}\n{recite(text, model_dir)}"
 
 
 def number(name, value):
-    """Read the value of an option; raises ValueError for one that makes no sense."""
-    kind, least = float if name == "lr" else int, int(name in ("batch", "length", "num_processes"))
-    with contextlib.suppress(ValueError):
-        if least <= kind(value) < float("inf"):
-            return kind(value)
-    which = "number" if kind is float else "whole number"
-    raise ValueError(f"--{name} must be a {which}, {least} or more, not {value!r}")
+    """Turn the value of an option into a number. Raises ValueError if it is out of range."""
+    pattern, which = (r"\d*\.?\d+(e-\d+)?", "number") if name == "lr" else (r"\d+", "whole number")
+    least = 1 if name in ("batch", "length") else 0
+    if not regex.fullmatch(pattern, str(value)) or float(value) < least:
+        raise ValueError(f"--{name} must be a {which}, {least} or more, not {value!r}")
+    return float(value) if name == "lr" else int(value)
 
 
-def from_nothing(text, _, steps, batch, length, lr):
-    """Plan a small model with a vocabulary of its own, that is to know all of `text` by heart.
+# --- Plan: what to train, and on which windows ---
 
-    A plan is the model; a function that draws a batch; the optimizer; and what is held out.
+
+def from_nothing(text, steps=12000, batch=48, length=40, lr=0.02):
+    """Plan a small model with its own vocabulary, which is to know all of `text` by heart.
+
+    A plan is the model's encoder, hparams and parameters, a function that returns a random batch,
+    the optimizer, the windows that are held out, and the number of steps.
     """
-    encoder, random = learn_vocabulary(text), np.random.default_rng(0)
+    encoder = learn_vocabulary(text)
     hparams = {"n_vocab": len(encoder.encoder), **SIZES}
-    prompts, n_ctx = Prompts(text, encoder), hparams["n_ctx"]
-    check_lengths("the text", len(prompts.ids), n_ctx, length, n_ctx)
+    prompts = Prompts(text, encoder)
+    check_length("The text", len(prompts.ids), length, SIZES["n_ctx"])
+    random = np.random.default_rng(0)
 
-    def first(name, *shape):
+    def initial(name, *shape):
         if name.endswith(("/g", "/b")):
             return np.full(shape, name.endswith("/g"), np.float32)
         return random.normal(0, 0.02, shape).astype(np.float32)
 
     def draw():
-        # Mostly short windows: a long one shows a short context, the harder kind, only once.
-        if random.random() < 0.85:
-            return prompts.batch(random, SHORT, batch, length)
-        return prompts.batch(random, LONG, round(batch * length / n_ctx) or 1, n_ctx)
+        # The first tokens of a window are hard to predict, because the model has read little before
+        # them. Short windows have more of these, and so most windows are short.
+        is_long = random.random() >= 0.85
+        n = SIZES["n_ctx"] if is_long else length
+        size = round(batch * length / n) or 1
+        rows = [prompts.window(random, is_long, n) for _ in range(size)]
+        return tuple(np.array(column, np.int32) for column in zip(*rows, strict=True))
 
-    def rate(peak):
-        return optax.warmup_cosine_decay_schedule(0, peak, steps // 30, steps)
-
-    def kinds(params):  # Muon is for matrices that multiply; the rest, embeddings too, is Adam's
-        matrix = optax.contrib.MuonDimensionNumbers()
-        return build_params(hparams, lambda name, *_: matrix if name.endswith("/w") else None)
-
-    model = {"encoder": encoder, "hparams": hparams, "params": build_params(hparams, first)}
-    muon = {"adam_learning_rate": rate(lr / 2), "muon_weight_dimension_numbers": kinds}
-    return model, draw, optax.contrib.muon(rate(lr), **muon), []
+    # Muon trains the matrices. Adam trains the rest, with half the learning rate.
+    matrix = optax.contrib.MuonDimensionNumbers()
+    kinds = utils.build_params(hparams, lambda name, *_: matrix if name.endswith("/w") else None)
+    rate = optax.warmup_cosine_decay_schedule(0, lr, steps // 30, steps)
+    half = optax.warmup_cosine_decay_schedule(0, lr / 2, steps // 30, steps)
+    muon = optax.contrib.muon(rate, adam_learning_rate=half, muon_weight_dimension_numbers=kinds)
+    return encoder, hparams, utils.build_params(hparams, initial), draw, muon, [], steps
 
 
-def from_start(text, start, steps, batch, length, lr):
-    """Plan to go on from the model in `start`, with its vocabulary, on all but the text's end."""
-    start = Path(start).resolve()
-    encoder, hparams, params = load_encoder_hparams_and_params(start.name, start.parent)
-    ids, random = np.array(encoder.encode(text), np.int32), np.random.default_rng(0)
-    ids, rest = np.split(ids, [len(ids) - len(ids) // 20])
-    check_lengths("the text's last twentieth", len(rest), length, length, hparams["n_ctx"])
-
-    def windows(ids, starts):
-        return ids[starts[:, None] + np.arange(length + 1)], np.zeros(len(starts), np.int32)
+def from_start(text, start, steps=200, batch=4, length=128, lr=1e-4):
+    """Plan to fine-tune the model in the folder `start`. The text's last twentieth is held out."""
+    encoder, hparams, params = open_model("--start", start)
+    ids = np.array(encoder.encode(text, "all"), np.int32)
+    n = len(ids) - len(ids) // 20
+    check_length("The last twentieth of the text", len(ids) - n, length, hparams["n_ctx"])
+    windows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
+    places = np.linspace(n, len(windows) - 1, min(16, (len(ids) - n) // length), dtype=int)
+    random = np.random.default_rng(0)
 
     def draw():
-        return windows(ids, random.integers(len(ids) - length, size=batch))
+        return windows[random.integers(n - length, size=batch)], np.zeros(batch, np.int32)
 
-    model = {"encoder": encoder, "hparams": hparams, "params": params}
     rate = optax.warmup_cosine_decay_schedule(0, lr, steps // 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
-    places = np.linspace(0, len(rest) - length - 1, min(16, len(rest) // length), dtype=int)
-    held_out = np.array_split(places, -(-len(places) // batch))
-    return model, draw, optimizer, [windows(rest, starts) for starts in held_out]
+    return encoder, hparams, params, draw, optimizer, windows[places], steps
 
 
-def check_lengths(name, n_tokens, least, length, n_ctx):
-    """Raise ValueError where the text has no whole window, or a window does not fit the context."""
-    if n_tokens <= least:
-        raise ValueError(f"{name} has {n_tokens} tokens: it takes more than {least}")
+def open_model(name, folder):
+    """Load the model in a folder. Raises ValueError if there is no folder, and names the option."""
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise ValueError(f"{name} must be a model's folder, such as models/1M. There is no {path}.")
+    return utils.load_encoder_hparams_and_params(path.name, path.parent)
+
+
+def check_length(name, n_tokens, length, n_ctx):
+    """Raise ValueError if windows of this length do not fit the model or the text."""
     if length > n_ctx:
-        raise ValueError(f"--length must be {n_ctx}, the context of the model, or less")
+        raise ValueError(f"--length must be {n_ctx} or less, which is the context of the model")
+    if n_tokens <= length:
+        raise ValueError(
+            f"{name} needs more than {length} tokens, but has {n_tokens}. Use more text."
+        )
 
 
 def learn_vocabulary(text):
-    """Learn a byte-level BPE of at most 1,024 tokens, the last of which is <|endoftext|>."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    alphabet = byte_level.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1023, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([text], trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return Encoder(tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"]["merges"])
+    """Learn a byte-level BPE of at most 1,024 tokens. The last of them is <|endoftext|>."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text.split(END), 1023, min_frequency=0, show_progress=False)
+    tokenizer.add_special_tokens([END])
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return Encoder(tokenizer.get_vocab(), merges, {END: tokenizer.token_to_id(END)})
 
 
 class Prompts:
-    """The places of a text where a prompt may begin, and how the text goes on from there.
+    """The places of a text where prompts and windows may begin.
 
-    A prompt is encoded from its first character on, as a user types it: a word from the middle of
-    a line, which has a space before it in the text, is another token without it.
+    A prompt is encoded by itself, as when a user types it. So its first word has no space before
+    it, even if the text has one there. That makes it another token than in the text.
     """
 
     def __init__(self, text, encoder):
-        self.text, self.encoder = text, encoder
-        self.ids = [*encoder.endoftext]
-        self.n_ids = {0: len(self.ids)}  # how many ids lead up to the end of a piece of the text
-        for piece in regex.finditer(PATTERN, text):
-            self.ids += encoder.encode(piece[0])
-            self.n_ids[piece.end()] = len(self.ids)
-        self.ids = np.array(self.ids)
-        self.places = {"line": [], "clause": [], "word": [], "typed": []}
-        for word in regex.finditer(r"\S+", text):
-            start, end = word.span()
-            self.places["word"].append((start, end))
-            if start == 0 or text[start - 1] == "\n":
-                line, n_words = start, 0
-                self.places["line"].append((start, end))
-            elif regex.search("[,;:.!?] $", text[start - 2 : start]):
-                self.places["clause"].append((start, end))
-            n_words += 1
-            if 4 <= n_words <= 20:
-                self.places["typed"].append((line, end))
+        self.text, self.encoder = END + text, encoder
+        self.ids = np.array(encoder.encode(self.text, "all"))
+        # The character of the text at which each token starts:
+        self.starts = np.cumsum([0, *map(len, encoder.decode_stream(self.ids.tolist()))])
+        # The text in which places are found. <|endoftext|> ends a line and a paragraph.
+        self.lines = self.text.replace(END, "\n" * len(END))
+        self.places = {}
+        for kind, (pattern, _) in PLACES.items():
+            self.places[kind] = [match.span() for match in regex.finditer(pattern, self.lines)]
 
-    def batch(self, random, shares, size, length):
-        """Draw windows `[size, length + 1]`, and how many ids of each are typed, not the text's."""
-        rows = [self.window(random, shares, length) for _ in range(size)]
-        return tuple(np.array(column, np.int32) for column in zip(*rows, strict=True))
+    def window(self, random, is_long, length):
+        """Return the ids of a random window, `length + 1` of them, and how many were typed.
 
-    def window(self, random, shares, length):
-        """Draw a window: the ids of its first word or typed words, then those of the text."""
-        kind, prompt, n_past, n_typed = random.choice([*shares], p=[*shares.values()]), [], 0, 0
-        if kind != "text":
-            places = self.places[kind] or self.places["word"]
-            start, end = places[random.integers(len(places))]
-            words = self.text[start:end]
-            if kind == "typed":
-                words, end = self.typed(start, end, random.integers(4))
-            prompt, n_past = self.encoder.encode(words), self.n_ids[end]
-            n_typed = len(prompt) if kind == "typed" else 0
+        The prompt comes first, encoded by itself. Then follow the ids of the text.
+        """
+        kind = random.choice([*PLACES], p=[shares[is_long] for _, shares in PLACES.values()])
+        places = self.places[kind] or self.places["some words"]
+        start, end = places[random.integers(len(places))]
+        manner = random.integers(4) if kind == "typed words" else None
+        start = start if manner is None else self.lines.rfind("\n", 0, start) + 1
+        words, n_past = self.typed(start, end, manner)
+        prompt = self.encoder.encode(words)
         rest = self.ids.take(range(n_past, n_past + length + 1), mode="wrap")
-        return [*prompt, *rest][: length + 1], n_typed
+        return [*prompt, *rest][: length + 1], 0 if manner is None else len(prompt)
 
     def typed(self, start, end, manner):
-        """Change words to how people type them: 0 in small letters, 1 without punctuation, 2 both,
-        3 both and without apostrophes; returns them, and where in the text they now end.
+        """Return the words between two places as people type them, and the first id after them.
+
+        Manner 0 is lower case, 1 is no punctuation, 2 is neither capitals nor punctuation, and 3
+        has no apostrophes either. None leaves the words as they are. The id is told by its index.
         """
-        if manner:
-            letters = regex.search(r"(?s).*[\p{L}\p{N}]", self.text[start:end])
-            end = start + letters.end() if letters else end
         words = self.text[start:end]
-        words = words if manner == 1 else words.lower()
         if manner:
+            words = regex.sub(r"[^\p{L}\p{N}]+\Z", "", words)
+            end = start + len(words)
             signs = r"[^\p{L}\p{N}\s]" if manner == 3 else r"[^\p{L}\p{N}\s']"
             words = regex.sub(" +", " ", regex.sub(signs, "", words))
-        return words, end
+        return words if manner in (None, 1) else words.lower(), np.searchsorted(self.starts, end)
 
 
-def gpt2_on_jax():
-    """Return `gpt2` of `gpt2.py`, whose one import is swapped."""
-    source, module = read_text(ROOT / "gpt2.py"), ModuleType("gpt2_on_jax")
-    exec(source.replace("import numpy as np", "import jax.numpy as np"), vars(module))
-    return module.gpt2
+# --- Train: the loss, and the steps that lower it ---
+
+on_jax = {}  # the functions of gpt2.py, with `jax.numpy` imported instead of NumPy
+exec(read_text(gpt2.__file__).replace("import numpy as np", "import jax.numpy as np"), on_jax)
 
 
-def make_loss(n_head):
-    """Return the mean surprise at the tokens of a batch, those that were typed aside."""
-    gpt2 = gpt2_on_jax()
-
-    def loss(params, windows, n_typed):
-        model = jax.vmap(lambda inputs: gpt2(inputs, **params, n_head=n_head))
-        targets = windows[:, 1:]
-        surprise = optax.softmax_cross_entropy_with_integer_labels(model(windows[:, :-1]), targets)
-        learnt = jnp.arange(1, windows.shape[1]) >= n_typed[:, None]
-        return (surprise * learnt).sum() / jnp.maximum(learnt.sum(), 1)
-
-    return loss
+def loss(params, windows, n_typed, n_head):
+    """Return minus the mean log probability of all tokens but the first one and the typed ones."""
+    model = jax.vmap(lambda inputs: on_jax["gpt2"](inputs, **params, n_head=n_head))
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(windows[:, :-1]), windows[:, 1:])
+    counted = np.arange(1, windows.shape[1]) >= n_typed[:, None]
+    return (losses * counted).sum() / counted.sum().clip(1)
 
 
-def train(model, draw, optimizer, held_out, steps, signals, bar):
-    """Take the steps, each batch split over all devices of all processes, and change the model.
+def train(params, n_head, draw, optimizer, held_out, steps, signals):
+    """Train the parameters on all devices that JAX sees. A signal in `signals` ends the training.
 
-    Returns what to report of the losses, "" before the first step, and the signal that stopped it.
+    Returns a report of the losses, which is empty if no step was taken, and the parameters.
     """
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     split = NamedSharding(mesh, PartitionSpec("batch"))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def place(tree, sharding):
-        def array(leaf):  # a copy: what is donated below must not be the file that was loaded
-            make = jax.make_array_from_callback
-            return make(leaf.shape, sharding, lambda part: np.array(leaf[part]))
-
-        return jax.tree.map(array, tree)
-
-    def whole(windows, n_typed):
-        """Add windows of which nothing is learnt, until the devices divide the batch."""
-        missing = -len(windows) % mesh.size
-        n_typed = np.pad(n_typed, (0, missing), constant_values=windows.shape[1])
-        return place((np.pad(windows, ((0, missing), (0, 0))), n_typed), split)
+    def place(batch):  # a batch that cannot be split evenly is computed whole by every device
+        return jax.device_put(batch, everywhere if len(batch[0]) % mesh.size else split)
 
     def step(params, state, windows, n_typed):
-        value, gradients = jax.value_and_grad(loss)(params, windows, n_typed)
+        value, gradients = jax.value_and_grad(loss)(params, windows, n_typed, n_head)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    def measure():
-        bar.set_description_str("Measuring the loss")
-        losses = [float(held_out_loss(params, *whole(*batch))) for batch in held_out]
-        return np.average(losses, weights=[len(windows) for windows, _ in held_out])
+    def held_out_loss():
+        return np.mean([measure(params, window[None], np.zeros(1), n_head) for window in held_out])
 
-    loss = make_loss(model["hparams"]["n_head"])
-    held_out_loss = jax.jit(loss, out_shardings=everywhere)
-    # Donated, the old parameters make room for the new ones.
+    # The old parameters are donated, which means that the new ones take their memory. So they must
+    # be a copy, because the loaded ones are views of a file.
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=everywhere)
-    params = place(model["params"], everywhere)
+    measure = jax.jit(loss, static_argnums=3)
+    params = jax.device_put(jax.tree.map(jax.numpy.array, params), everywhere)
     state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
-    losses, measured, compiled, signum = [], [], set(), 0
-    bar.bar_format = None  # tqdm's own, now that it is known how much there is to do
-    bar.reset(steps)
-    for i in range(steps):
-        # The processes agree when to stop, since none can take a step alone.
-        signum = int(process_allgather(np.array([*signals, 0][0])).max())
-        if signum:
-            break
-        if held_out and i % -(-steps // 10) == 0:
-            measured.append(measure())
-        windows, n_typed = draw()
-        bar.set_description_str("Training" if windows.shape in compiled else "Compiling")
-        compiled.add(windows.shape)
-        params, state, value = step(params, state, *whole(windows, n_typed))
+    before = held_out_loss() if len(held_out) else None
+    losses = []
+    bar = tqdm(range(steps), "Training")
+    for _ in takewhile(lambda _: not signals, bar):
+        params, state, value = step(params, state, *place(draw()))
         losses.append(float(value))
-        shown = f", held out {measured[-1]:.3f}" if held_out else ""
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}{shown}")
-        bar.update()
-    report = f"Loss: {np.mean(losses[-max(1, steps // 10) :]):.4f}" if losses else ""
-    if held_out and losses:
-        report += f" on the text, {measure():.4f} on its last twentieth, which it was not trained "
-        report += f"on (before: {measured[0]:.4f})"
-    model["params"] = jax.tree.map(np.asarray, params)
-    return report, signum
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    if not losses:
+        return "", params
+    last = np.mean(losses[-(1 + len(losses) // 10) :])
+    report = f"Training loss: {losses[0]:.4f} at first, {last:.4f} in the last tenth of the steps."
+    if len(held_out):
+        report += f"\nHeld-out loss: {before:.4f} before training, {held_out_loss():.4f} after it."
+    return report, jax.tree.map(np.asarray, params)
 
 
-@contextlib.contextmanager
-def joined(coordinator_address, **team):
-    """Join the other processes, if there are any; yields whether this is the one that writes."""
-    if coordinator_address not in (None, "auto"):
-        team["coordinator_address"] = coordinator_address
-        if ":" not in coordinator_address:
-            raise ValueError(f"--coordinator_address must be host:port, not {coordinator_address}")
-    try:
-        if team or coordinator_address:
-            # Where there are only CPUs, whose processes JAX joins in more than one way.
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            jax.distributed.initialize(**team)
-        yield jax.process_index() == 0
-    except (RuntimeError, OSError, ValueError) as error:
-        fault = str(error).split("\n")[0]
-        if jax.process_count() == 1:
-            raise (OSError(f"JAX: {fault}") if isinstance(error, RuntimeError) else error) from None
-        # Left at once, without the farewell that the others could not answer: they see it go.
-        print(f"\nProcess {jax.process_index()} ends, as the others will: {fault}", file=sys.stderr)
-        os._exit(1)
-
-
-@contextlib.contextmanager
-def stoppable():
-    """Note Ctrl-C and SIGTERM in the list that this yields, so that the step can be finished."""
-    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda signum, _: signals.append(signum)) for number in numbers]
-    try:
-        yield signals
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def expect_room(model_dir, params):
-    """Raise OSError now where the model could not be written in the end."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 10_000_000
-    new = not model_dir.exists()
-    model_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        tempfile.TemporaryFile(dir=model_dir).close()
-        if shutil.disk_usage(model_dir).free < needed:
-            raise OSError(f"{model_dir} needs {needed / 1e6:.0f} MB of free space")
-    finally:
-        if new:
-            model_dir.rmdir()
+# --- Save: in Hugging Face's layout ---
 
 
 def save(model_dir, encoder, hparams, params):
-    """Write the files that `transformers` reads too, and then put all of them in their place."""
-    end = encoder.encoder.get("<|endoftext|>")
-    config = dict(zip(CONFIG, map(hparams.get, HPARAMS), strict=True)) | {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "dtype": "float32",
-    }
-    plain = {*bytes_to_unicode().values(), *map("".join, encoder.bpe_ranks)}
-    tokenizer = Tokenizer(models.BPE(encoder.encoder, [*encoder.bpe_ranks]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token in encoder.encoder if token not in plain])
-    tensors = {}
-    names = build_params(hparams, lambda name, *shape: huggingface_name(name))
-    jax.tree.map(tensors.__setitem__, names, params)
+    """Save a model. An older one in the same folder stays until all new files are complete."""
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), encoder.special.get(END))
+    config |= zip(utils.CONFIG, map(hparams.get, utils.HPARAMS), strict=True)
+    tokenizer = ByteLevelBPETokenizer(encoder.encoder | encoder.special, [*encoder.bpe_ranks])
+    tokenizer.add_special_tokens([*encoder.special])
+    names = utils.build_params(hparams, lambda name, *_: utils.huggingface_name(name))
+    tensors = dict(zip(jax.tree.leaves(names), jax.tree.leaves(params), strict=True))
     model_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_dir) as folder:
         Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        tokenizer.save(str(Path(folder, "tokenizer.json")))
-        weights = safetensors.save(tensors, metadata={"format": "pt"})
-        Path(folder, "model.safetensors").write_bytes(weights)
-        for name in sorted(os.listdir(folder)):
-            os.replace(Path(folder, name), model_dir / name)
+        Path(folder, "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+        Path(folder, "model.safetensors").write_bytes(safetensors.save(tensors, {"format": "pt"}))
+        for path in sorted(Path(folder).iterdir()):
+            path.replace(model_dir / path.name)
+
+
+# --- Test: how much of the text the model knows by heart ---
 
 
 def recite(text, model_dir):
-    """Count how often the model goes on with the text, word for word, from random prompts.
+    """Count how often the model continues the text word for word after random prompts.
 
-    Greedy tokens are the text's where each of them is the likeliest after those before: one pass
-    over prompt and continuation tells that of all at once. A prompt that occurs more than once, so
-    that it may go on in more than one way, is left out of the count.
+    The model reads a prompt together with the text that follows. Greedy generation would write the
+    same text if the logit of each token in it is the highest.
     """
-    encoder, hparams, params = load_encoder_hparams_and_params(model_dir.name, model_dir.parent)
-    counts = {}
-    with progress(desc="Reading", **CLOCK) as bar:
-        prompts = Prompts(text, encoder)
-        lines = [line.span() for line in regex.finditer(r"(?m)^\S(?:.*\S)?", text)]
-        places = {kind: [(start, None) for start, _ in at] for kind, at in prompts.places.items()}
-        places["speech"] = [
-            (start, None) for start, _ in lines if text[max(0, start - 2) : start] in ("", "\n\n")
-        ]
-        places["line"] = lines
-        bar.set_description_str("Measuring what it knows by heart")
-        bar.bar_format = None
-        bar.reset(ASKED * len(EXAM))
-        for name, (kind, least, n_new, manner) in EXAM.items():
-            rows = questions(prompts, places[kind], least, n_new, manner, hparams["n_ctx"])
-            right = []
-            for row in rows:
-                logits = gpt2(row[:-1], **params, n_head=hparams["n_head"])[-n_new:]
-                right.append(np.array_equal(np.argmax(logits, axis=-1), row[-n_new:]))
-                bar.update()
-            if right:
-                counts[f"{name}, {n_new} tokens"] = sum(right), len(right)
-        bar.total = bar.n  # a short text has fewer places to ask about
-    if sum(right for right, _ in counts.values()) < sum(asked for _, asked in counts.values()) / 10:
-        return f"{model_dir} does not know this text by heart; training with more --steps may help."
-    return "The text goes on word for word after\n" + "\n".join(
-        f"  {name}: {right} of {asked}" for name, (right, asked) in counts.items()
-    )
+    encoder, hparams, params = open_model("MODEL_DIR", model_dir)
+    prompts = Prompts(text, encoder)
+    lines = ["How often the model continues the text word for word:"]
+    for kind, least, n_new, manner in tqdm(EXAM, "Testing"):
+        right = []
+        for ids in islice(questions(prompts, kind, least, n_new, manner, hparams["n_ctx"]), ASKED):
+            logits = gpt2.gpt2(ids[:-1], **params, n_head=hparams["n_head"])[-n_new:]
+            right.append(np.array_equal(np.argmax(logits, axis=-1), ids[-n_new:]))
+        prompt = f"{kind} ({least} tokens or more, {MANNERS[manner]})"
+        lines.append(f"  {n_new} tokens after {prompt}: {sum(right)} of {len(right)}")
+    return "\n".join(lines)
 
 
-def questions(prompts, places, least, n_new, manner, n_ctx):
-    """Yield random prompts, each with the `n_new` ids of the text that follow."""
-    text, encode, asked = prompts.text, prompts.encoder.encode, 0
-    whole = text if manner is None else prompts.typed(0, len(text), manner)[0]
-    for i in np.random.default_rng(0).permutation(len(places)):
-        start, end = places[i]
-        if end is None:  # the fewest words that have enough tokens
-            ends = (word.end() for word in regex.finditer(r"\S+", text, pos=start))
-            end = next((end for end in ends if len(encode(text[start:end])) >= least), len(text))
-        words = text[start:end]
-        if manner is not None:
-            words, end = prompts.typed(start, end, manner)
-        prompt, n_past = encode(words), prompts.n_ids[end]
-        following = prompts.ids[n_past : n_past + n_new].tolist()
+def questions(prompts, kind, least, n_new, manner, n_ctx):
+    """Yield random prompts of a kind, each with the `n_new` tokens of the text that follow.
+
+    A prompt that occurs twice in the text is left out, because it may continue in two ways.
+    """
+    text, encode = prompts.text, prompts.encoder.encode
+    whole, _ = prompts.typed(0, len(text), manner)
+    for i in np.random.default_rng(0).permutation(len(prompts.places[kind])):
+        start, end = prompts.places[kind][i]
+        if kind != "a whole line":  # take just enough words
+            ends = (word.end() for word in regex.finditer(r"\S+", prompts.lines, pos=start))
+            end = next((end for end in ends if len(encode(text[start:end], "all")) >= least), end)
+        words, n_past = prompts.typed(start, end, manner)
+        prompt = encode(words, "all")
+        following = prompts.ids[n_past : n_past + n_new]
         fits = len(prompt) >= least and len(following) == n_new and len(prompt) + n_new <= n_ctx
         if fits and whole.count(words) == 1:
-            yield prompt + following
-            asked += 1
-        if asked == ASKED:
-            break
+            yield [*prompt, *following]
 
 
 if __name__ == "__main__":
-    command_line(main)
+    utils.command_line(main)

@@ -21,7 +21,7 @@ PAIRS += " ng al Ġf ed Ġo Ġp th ha Ġy Ro"
 MERGES = [*map(tuple, PAIRS.split()), ("Ġt", "he"), ("Ro", "me"), ("Rome", "o")]
 TOKENS = [*bytes_to_unicode().values(), *map("".join, MERGES), "<|endoftext|>"]  # 300
 SIZES = {"n_vocab": len(TOKENS), "n_ctx": 24, "n_embd": 96, "n_head": 3, "n_layer": 4}
-# One processor plays eight devices; JAX reads this once, when it is first used.
+# JAX simulates eight devices on one processor. It reads this once, when it is first used.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 
@@ -33,12 +33,11 @@ def bundled():
 
 @pytest.fixture(scope="session")
 def openai(tmp_path_factory):
-    """A folder in OpenAI's layout, converted, with weights of almost two megabytes."""
+    """A folder in OpenAI's layout, with weights of almost two megabytes."""
     folder = tmp_path_factory.mktemp("models") / "openai"
     folder.mkdir()
     write_vocabulary(folder)
     write_checkpoint(folder, **SIZES)
-    utils.load_encoder_hparams_and_params(folder.name, folder.parent)
     return folder
 
 
@@ -56,12 +55,6 @@ def models_dir(tmp_path, openai):
     """A models_dir with a copy of that folder under the name `mine`."""
     shutil.copytree(openai, tmp_path / "models" / "mine")
     return tmp_path / "models"
-
-
-@pytest.fixture
-def no_tensorflow(monkeypatch):
-    """Whoever asks for TensorFlow fails."""
-    monkeypatch.setattr(utils, "import_tensorflow", lambda: pytest.fail("TensorFlow is imported"))
 
 
 @pytest.fixture
