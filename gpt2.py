@@ -230,15 +230,15 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     takes the likeliest. A cache saves reading tokens twice. For 1,024 tokens, 124M needs 72 MiB:
     12 layers x 2 (keys and values) x 1,024 tokens x 768 numbers x 4 bytes.
 
-    Raises ValueError if the prompt is empty or too long, or if the new tokens do not fit. `stream`
-    is a generator: it starts, and raises, only when you ask for its first id.
+    Raises ValueError if the prompt is empty, if it has an id without a row in `wte`, or if the
+    context is too short. `stream` is a generator: it raises only when you ask for the first id.
     """
     from numpy import empty  # not JAX's, whose arrays cannot be written into
 
     n_ctx, n_embd = params["wpe"].shape
     n_total = n_ctx if n_tokens_to_generate is None else len(inputs) + n_tokens_to_generate
-    if len(inputs) not in range(1, n_ctx + 1):
-        raise ValueError(f"The prompt has {len(inputs):,} tokens. It must have 1 to {n_ctx:,}.")
+    if not len(inputs) or min(inputs) < 0 or max(inputs) >= len(params["wte"]):
+        raise ValueError("The prompt is empty, or it has an id without a row in wte.")
     if n_total not in range(len(inputs), n_ctx + 1):
         raise ValueError(f"The prompt leaves room for 0 to {n_ctx - len(inputs):,} new tokens.")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
@@ -277,9 +277,9 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """
     from itertools import takewhile
 
-    from utils import load_encoder_hparams_and_params, picker, whole_number
+    from utils import load_encoder_hparams_and_params, number, picker
 
-    n_new = whole_number("n_tokens_to_generate", n_tokens_to_generate)
+    n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode(prompt, "all") or encoder.bos

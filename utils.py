@@ -45,6 +45,15 @@ COMPUTED |= {"scale_attn_by_inverse_layer_idx": False, "quantization_config": No
 # has no bfloat16: it is read as whole numbers of the same size.
 TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", 1: "<f4", 19: "<f2", 14: "<u2"}
 
+# What folders of other kinds hold, and what to do about it.
+UNREADABLE = {
+    "adapter_config.json": "{folder} is a LoRA adapter. Merge it with its base model first: "
+    "peft has merge_and_unload() for that.",
+    "pytorch_model*": "{folder} has its weights as a pickle. Convert them with these two lines:\n"
+    'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")\n'
+    'model.save_pretrained("{folder}")',
+}
+
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
 
@@ -66,14 +75,11 @@ def load_encoder_hparams_and_params(model_size, models_dir):
         where = f"a folder in {models.absolute()} ({', '.join(names) or 'there is none'})"
         raise ValueError(f"model_size must be {', '.join(SIZES)}, or {where}, not {model_size!r}")
     folder = models / model_size
-    if (folder / "config.json").exists():
-        load = load_hugging_face
-    else:
-        load = load_openai
-        if model_size in SIZES:
-            download_gpt2_files(model_size, folder)
+    hugging_face = (folder / "config.json").exists()
+    if model_size in SIZES and not hugging_face:
+        download_gpt2_files(model_size, folder)
     check_folder(folder)
-    hparams, params = load(folder)
+    hparams, params = (load_hugging_face if hugging_face else load_openai)(folder)
     encoder = get_encoder(model_size, models)
     hparams["n_vocab"] = min(hparams["n_vocab"], len(encoder.encoder))
     params["wte"] = params["wte"][: hparams["n_vocab"]]
@@ -83,16 +89,11 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
 def check_folder(folder):
     """Raise ValueError for a folder with a model of a kind that is not read, and say what to do."""
-    here = [path.name for path in folder.iterdir()]
-    readable = any(name.endswith((".safetensors", ".index")) for name in here)
-    if "adapter_config.json" in here and "model.safetensors" not in here:
-        advice = "Merge it into its base model first, with peft's merge_and_unload()."
-        raise ValueError(f"{folder} is a LoRA adapter. {advice}")
-    if not readable and any(name.startswith("pytorch_model") for name in here):
-        model = f'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
-        lines = f'{model}\nmodel.save_pretrained("{folder}")'
-        raise ValueError(f"{folder} has its weights as a pickle. Convert it with PyTorch:\n{lines}")
-    if not {*TOKENIZERS} & {*here}:
+    readable = any(folder.glob("model*.safetensors")) or any(folder.glob("*.index"))
+    for pattern, advice in UNREADABLE.items():
+        if not readable and any(folder.glob(pattern)):
+            raise ValueError(advice.format(folder=folder))
+    if not any((folder / name).exists() for name in TOKENIZERS):
         kinds = "tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe"
         raise ValueError(f"{folder} has no tokenizer that is understood. It must have {kinds}.")
 
@@ -291,9 +292,9 @@ def read_index(path):
         places = [io.BytesIO(value) for _, value in read_block(content, start, size)]
         blocks = [read_block(content, varint(place), varint(place)) for place in places]
         entries = {key: fields(value) for block in blocks for key, value in block}
+        return {key.decode("utf-8", "replace"): entry for key, entry in entries.items()}
     except (IndexError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from None
-    return {key.decode("utf-8", "replace"): entry for key, entry in entries.items()}
 
 
 def read_block(content, start, size):
@@ -402,8 +403,7 @@ def fetch(url, path):
                 start = start if response.status_code == 206 else 0
                 file.truncate(start)
                 total = start + (response.raw.length_remaining or 0)
-                bar = {"desc": path.name, "initial": start, "total": total}
-                with tqdm.wrapattr(file, "write", **bar) as out:
+                with tqdm.wrapattr(file, "write", total, desc=path.name, initial=start) as out:
                     while chunk := response.raw.read1(1 << 16):
                         out.write(chunk)
                 break
@@ -470,6 +470,8 @@ def command_line(main):
         status = 141
     except KeyboardInterrupt:
         status = 130
+    except UnicodeDecodeError as error:
+        status = f"Standard input is not {error.encoding}: {error.reason}"
     except (MemoryError, OSError, ValueError) as error:
         status = str(error) or "There is not enough memory."
         if "prompt" in parameters and len(sys.argv) > 2 and not sys.argv[2].startswith("-"):
@@ -513,15 +515,11 @@ def read_arguments(main):
 
 def read_prompt(prompt):
     """Return the prompt, from standard input where it is - or left out, with "\\n" as line ends."""
-    if prompt in (None, "-"):
-        silent = sys.stdin is None or (prompt is None and sys.stdin.isatty())
-        try:
-            text = "" if silent else sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Standard input is not {error.encoding}: {error.reason}") from None
-        if prompt is None and not text:
-            raise ValueError(f"There is no prompt. See python {sys.argv[0]} --help.")
-        prompt = text.removesuffix("\n")
+    left_out = prompt is None
+    if prompt == "-" or (left_out and not sys.stdin.isatty()):
+        prompt = sys.stdin.read().removesuffix("\n")
+    if left_out and not prompt:
+        raise ValueError(f"There is no prompt. See python {sys.argv[0]} --help.")
     prompt = prompt.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if prompt.endswith(" "):
         advice = "GPT-2's words begin with their space, so better leave it out."
@@ -529,30 +527,30 @@ def read_prompt(prompt):
     return prompt
 
 
-def whole_number(name, value, least=0):
-    """Read a count, which may be text. Raises ValueError if it is none, or less than `least`."""
-    if not str(value).isdecimal() or int(value) < least:
-        raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    return int(value)
+def number(name, value, kind, least, most=np.inf):
+    """Read an option, which may be text, as a `kind` of number.
+
+    Raises ValueError, with the limits, for anything else and for what is out of range.
+    """
+    with contextlib.suppress(ValueError):
+        if least <= kind(str(value)) <= most:
+            return kind(str(value))
+    limits = f"{least} or more" if most == np.inf else f"from {least} to {most}"
+    what = "a whole number" if kind is int else "a number"
+    raise ValueError(f"{name} must be {what}, {limits}, not {value!r}")
 
 
 def picker(sample, temperature, top_k, top_p, seed):
     """Return the function that picks each token: greedy, or `sample` with these limits.
 
-    Any of the four switches sampling on, at temperature 1 if no other is given; temperature 0 is
-    greedy. What is typed arrives as text, so that even `--top_p 1.0` is not the default.
+    Any of the four options switches sampling on, at temperature 1 unless another one is given.
+    Temperature 0 is greedy. What is typed arrives as text, so that even `--top_p 1.0` counts.
     """
     if temperature is None:
         temperature = 0 if (top_k, top_p, seed) == (None, 1.0, None) else 1
-    limits = {"top_k": None if top_k is None else whole_number("top_k", top_k, least=1)}
-    random = np.random.default_rng(None if seed is None else whole_number("seed", seed))
-    for name, value, most in (("temperature", temperature, np.inf), ("top_p", top_p, 1)):
-        with contextlib.suppress(ValueError):
-            if 0 <= float(value) <= most:
-                limits[name] = float(value)
-        if name not in limits:
-            limit = "0 or more" if most > 1 else "from 0 to 1"
-            raise ValueError(f"{name} must be a number, {limit}, not {value!r}")
-    return (
-        functools.partial(sample, random=random, **limits) if limits["temperature"] else np.argmax
-    )
+    limits = {"temperature": number("temperature", temperature, float, 0)}
+    limits["top_k"] = None if top_k is None else number("top_k", top_k, int, 1)
+    limits["top_p"] = number("top_p", top_p, float, 0, 1)
+    random = np.random.default_rng(None if seed is None else number("seed", seed, int, 0))
+    sampling = functools.partial(sample, random=random, **limits)
+    return sampling if limits["temperature"] else np.argmax

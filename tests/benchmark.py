@@ -1,9 +1,9 @@
-"""Measure this repository beside other systems, in turn, in one run.
+"""Measure this repository beside Hugging Face's transformers, in turns, in one run.
 
     python tests/benchmark.py
 
-Greedy decoding in float32, one prompt at a time. No token can come sooner than the memory delivers
-every weight once: that is the limit, from the read speed measured in the same run.
+Decoding is greedy, in float32, with one prompt at a time. Every token needs every weight once. So
+the limit is the read speed of the memory, measured in the same run, divided by the weights' size.
 """
 
 import json
@@ -23,8 +23,10 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from utils import command_line, load_encoder_hparams_and_params
+from encoder import bytes_to_unicode
+from utils import build_params, command_line, huggingface_name, load_encoder_hparams_and_params
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # n_embd, n_head, n_layer of OpenAI's release
@@ -33,7 +35,7 @@ SIZES = {  # n_embd, n_head, n_layer of OpenAI's release
     "774M": (1280, 20, 36),
     "1558M": (1600, 25, 48),
 }
-FIGURES = {  # how many tokens come in, and how many steps after the first are timed
+FIGURES = {  # the tokens of the prompt, and how many steps after the first one are timed
     "tokens/s, short prompt": (8, 40),
     "tokens/s after 900 tokens": (900, 40),
     "s to the first token after 512": (512, 0),
@@ -46,8 +48,8 @@ def main(model_size="124M", models_dir=None, rounds=5):
 
     Args:
         model_size: 124M, 355M, 774M or 1558M
-        models_dir: where that model is; without it, random weights are written for the time being
-        rounds: how often each figure is measured, all systems in turn
+        models_dir: the folder of that model; without it, random weights are used
+        rounds: how often each figure is measured
     """
     if model_size not in SIZES:
         raise ValueError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
@@ -56,18 +58,16 @@ def main(model_size="124M", models_dir=None, rounds=5):
     with tempfile.TemporaryDirectory() as folder:
         if models_dir is None:
             models_dir = folder
-            with worker() as writer:
+            with worker() as writer:  # whose memory is not counted as that of the commands below
                 writer.submit(write_model, Path(folder, model_size), *SIZES[model_size]).result()
         return table(model_size, models_dir, int(rounds))
 
 
 def table(model_size, models_dir, rounds):
     """Take all systems in turn, and return the figures in Markdown."""
-    converted = Path(models_dir, model_size, "params.f32")
-    converted.unlink(missing_ok=True)
     first = [command("-c", LOAD, model_size, models_dir)]
-    os.sync()  # what is still on its way to the disk would disturb the rest
-    size = converted.stat().st_size
+    numbers = [*Path(models_dir, model_size).glob("model*.*")]
+    size = max(path.stat().st_size for path in numbers)
     names = ["this repository"]
     if util.find_spec("torch") and util.find_spec("transformers"):
         names.append("transformers")
@@ -92,7 +92,7 @@ def table(model_size, models_dir, rounds):
         rows.append([figure, *(f"{median(times):.3g}" for times in values), *ratios, of_limit])
     lines = ["| " + " | ".join(row[: len(rows[0])]) + " |" for row in rows]
     lines += ["", f"- the limit: {median(limits):.3g} tokens/s"]
-    for what, runs in {"whole command, 40 tokens": whole, "first load, converting": first}.items():
+    for what, runs in {"whole command, 40 tokens": whole, "load": first}.items():
         seconds, peak = (median(column) for column in zip(*runs, strict=True))
         lines.append(f"- {what}: {seconds:.2f} s, peak memory {peak:.0f} MB")
     lines.append(f"- the weights: {size / 1e6:.0f} MB; {rounds} rounds")
@@ -194,20 +194,24 @@ def command(*arguments):
 
 
 def write_model(folder, n_embd, n_head, n_layer):
-    """Write random weights, and a vocabulary of OpenAI's size, in OpenAI's layout."""
-    from conftest import write_checkpoint
+    """Write random weights, and a vocabulary of GPT-2's size, in Hugging Face's layout."""
+    sizes = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head}
+    tensors, random = {}, np.random.default_rng(0)
 
-    from encoder import bytes_to_unicode
+    def leaf(name, *shape):
+        tensors[huggingface_name(name)] = random.standard_normal(shape, np.float32) / 50
 
+    build_params(sizes | {"n_layer": n_layer}, leaf)
     folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    (folder / "config.json").write_text(json.dumps(config))
     characters = list(bytes_to_unicode().values())
     merges = list(islice(product(characters, repeat=2), 50000))
     tokens = [*characters, *map("".join, merges), "<|endoftext|>"]
-    encoder = {token: id for id, token in enumerate(tokens)}
-    (folder / "encoder.json").write_text(json.dumps(encoder), "utf-8")
-    lines = ["#version: 0.2", *map(" ".join, merges), ""]
-    (folder / "vocab.bpe").write_text("\n".join(lines), "utf-8")
-    write_checkpoint(folder, len(tokens), 1024, n_embd, n_head, n_layer)
+    ids = {token: id for id, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(ids), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(map(" ".join, merges)), "utf-8")
 
 
 if __name__ == "__main__":
