@@ -16,15 +16,15 @@ the end, a row describes the token that should come next. The sizes, with those 
     n_ctx    tokens in the longest text it can read, the context    1,024
     n_embd   numbers in the row of a token                          768
     n_layer  blocks                                                 12
-    n_head   attention heads in each block                          12
+    n_head   attention heads in each block (see `mha`)              12
     d        numbers in a query, key or value of one head           64, that is n_embd / n_head
     n_seq    tokens that the model reads in this call               as many as `inputs` has
-    n_past   tokens that it has read in earlier calls               0 without a cache
+    n_past   tokens that it has read in earlier calls               0 at first
     n_q, n_k queries of this call, keys of this and earlier calls   n_seq, n_past + n_seq
 
 The parameters are the numbers that training has found. They are nested dicts and lists of arrays,
-named as in OpenAI's checkpoints: `wte` and `wpe` (weights of the token and position embeddings),
-`ln_f` (the final layer norm), and `blocks`, a list with a dict for each block:
+named as in OpenAI's checkpoints: `wte` and `wpe` (the token and position embeddings: a row for each
+id and for each position), `ln_f` (the final layer norm), and `blocks`, with a dict for each block:
 
     attn  c_attn  w [n_embd, 3*n_embd]  b [3*n_embd]    makes queries, keys and values
           c_proj  w [n_embd, n_embd]    b [n_embd]      projection: mixes what the heads found
@@ -46,12 +46,12 @@ keeps the keys and values of all tokens read before. After a prompt of seven tok
     k and v, with those in the cache    [12, 7, 64]     [12, 8, 64]
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
     hidden, in `ffn`                    [7, 3072]       [1, 3072]
-    logits, of the last token           [1, 50257]      [1, 50257]
+    logits, of the last token only      [1, 50257]      [1, 50257]
 
-Each function works in a notebook beside NumPy and the functions that it calls. All run on JAX if
+Each function but `main` needs only NumPy and the functions that it calls. All run on JAX if
 `import jax.numpy as np` takes the place of the line below. JAX compiles, batches and differentiates
-functions that return new arrays and change none in place. These do so, except that `mha` writes
-into the cache. JAX's arrays cannot be written into, so the cache is always a NumPy array.
+functions that return new arrays and change none in place. All functions up to `gpt2` do so, but
+`mha` writes into the cache. JAX's arrays cannot be written into, so the cache is NumPy's even then.
 """
 
 import numpy as np
@@ -83,7 +83,7 @@ def softmax(x):
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, then multiply and add.
+    """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, then apply `g` and `b`.
 
     "Norm" means normalisation here, not the length of a vector. The next layer gets numbers of the
     same scale, however large `x` has grown. Training has found the gain `g` and the bias `b`. `eps`
@@ -129,8 +129,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     The shapes are `q` `[..., n_q, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_q, n_k]`. A score is
-    a sum of d products, so its typical size grows with the root of d. Without a division by that
-    root, one key would often get almost all the weight.
+    a sum of d products. Some are positive and some negative, so the sum grows with the root of d
+    only. Without a division by that root, one key would often get almost all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v
@@ -140,9 +140,9 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     """Multi-head attention: each row of `x` `[n_seq, n_embd]` sees itself and the rows before it.
 
     `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
-    says what the row has to offer. The value is what the row gives to those that find it. A head
-    is one attention, with d columns of the queries, keys and values. The heads work side by side,
-    so that each can look for something else, and `c_proj` mixes what they found.
+    says what the row has to offer. The value is what the row gives to those that find it. Each of
+    the three is cut into `n_head` pieces of d numbers. A head is one attention, with its own piece
+    of each. So every head can look for something else, and `c_proj` mixes what the heads found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. It begins with the keys
     and values of earlier tokens, and `mha` writes those of `x` into the rest. The earlier ones stay
@@ -152,11 +152,11 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
     q, k, v = linear(x, **c_attn).reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)
     if kv is not None:
-        kv[:, :, -n_seq:] = k, v
+        kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
         k, v = kv  # [n_head, n_k, d] each
-    # `np.tri` gives each query a row: 1 for every key up to its own, then 0 for the keys after it.
-    # The mask has 0 for 1 and -1e10 for 0, as in OpenAI's code, so that later keys get no weight.
-    # The factor must be finite: where `tri - 1` is 0, 0 * infinity would be NaN.
+    # `np.tri` gives each query a row: 1 for every key up to its own, those of the past included,
+    # then 0. Minus 1 and times 1e10, 1 becomes 0, and 0 becomes -1e10, as in OpenAI's code. So
+    # later keys get no weight. An infinite factor would not do: 0 * infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)
@@ -166,15 +166,16 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient flows back through the sums to the first block, and sums do not weaken it. Each
-    part normalises only its own input: normalising after the sum, as in GPT-1, rescales all of `x`.
+    the gradient flows back through the sums to the first block, and sums do not weaken it. So each
+    part normalises its own input only. To normalise the sum, as in GPT-1, would rescale all of `x`
+    in every block, and with `x` the gradient.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
-    """Return logits `[n_seq, n_vocab]`: for each of the ids `inputs`, what would fit after it.
+    """Return logits `[n_seq, n_vocab]`: for each of the ids `inputs`, what fits after it.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Attention compares what two rows contain,
     not where they are. So each row gets a row of `wpe` `[n_ctx, n_embd]` added for its position.
@@ -183,16 +184,16 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     describes the next token, and its dot product with a row of `wte` is the logit of that token.
     `wte` may serve at both ends: a token means the same when it is read and when it is predicted.
 
-    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. Its width tells
-    how many tokens were read before `inputs`. With a cache, only the last row of logits comes back,
+    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. Its fourth axis,
+    less the length of `inputs`, is `n_past`. With a cache, only the last row of logits comes back,
     `[1, n_vocab]`, because that row alone decides on the next token.
     """
     # Without a cache, no tokens were read before, all rows are wanted, and no block has a `kv`.
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # When JAX batches this function, the ids are placeholders, and a NumPy `wte` cannot be indexed
-    # by them. `np.take` is JAX's then and can. It refuses lists of ids, hence `np.asarray`.
+    # To batch, JAX passes placeholders as ids. They cannot index a NumPy `wte`, but JAX's own
+    # `np.take` accepts them. It refuses lists of ids, hence `np.asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -203,11 +204,11 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
 
 
 def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
-    """Sample an id by the probabilities that the logits `[n_vocab]` of one position stand for.
+    """Sample an id, by the probabilities that softmax makes of the logits `[n_vocab]` of a token.
 
-    A temperature below 1 makes likely ids even likelier, and one above 1 gives unlikely ids more of
-    a chance. First, `top_k` keeps that many of the likeliest ids, whose probabilities are scaled to
-    add up to 1. Then `top_p` keeps the likeliest of these, as many as it takes to reach `top_p`.
+    First, `top_k` keeps that many of the likeliest ids. Then their logits are divided by the
+    temperature: below 1, likely ids become even likelier, and above 1, unlikely ids get more of a
+    chance. Last, `top_p` keeps the likeliest of these, as many as it takes to reach `top_p`.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -218,8 +219,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64, for long sums
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # Laid end to end, the probabilities make a line, on which a random point chooses the id. The
-    # point can be at the start and never at the end, so a border counts for the id after it: `>`.
+    # The probabilities lie end to end on a line, and a random point falls on one of them. The point
+    # can be at 0 but not at the end. So a point on a border belongs to the id after it: hence `>`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -227,11 +228,11 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     """Yield the ids that follow `inputs`, one by one; by default until the context is full.
 
     `pick` gets the logits `[n_vocab]` and returns an id. The default, `np.argmax`, is greedy: it
-    takes the likeliest. A cache saves reading tokens twice. For 1,024 tokens, 124M needs 72 MiB:
-    12 layers x 2 (keys and values) x 1,024 tokens x 768 numbers x 4 bytes.
+    takes the likeliest. The cache spares the model from reading a token twice. In 124M, a cache for
+    1,024 tokens takes 72 MiB: 12 layers x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
 
-    Raises ValueError if the prompt is empty, if it has an id without a row in `wte`, or if the
-    context is too short. `stream` is a generator: it raises only when you ask for the first id.
+    Raises ValueError if the prompt is empty or has an id without a row in `wte`, or if the context
+    has no room for the new tokens. A generator starts, and raises, when you ask for its first id.
     """
     from numpy import empty  # not JAX's, whose arrays cannot be written into
 
@@ -240,11 +241,11 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     if not len(inputs) or min(inputs) < 0 or max(inputs) >= len(params["wte"]):
         raise ValueError("The prompt is empty, or it has an id without a row in wte.")
     if n_total not in range(len(inputs), n_ctx + 1):
-        raise ValueError(f"The prompt leaves room for 0 to {n_ctx - len(inputs):,} new tokens.")
+        raise ValueError(f"The prompt leaves room for {n_ctx - len(inputs):,} of {n_ctx:,} tokens.")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
-    for n_read in range(len(inputs), n_total):
+    for n_k in range(len(inputs), n_total):
         # This slice is a view of the cache, so what `mha` writes into it stays in the cache.
-        logits = gpt2(inputs, **params, n_head=n_head, cache=cache[:, :, :, :n_read])
+        logits = gpt2(inputs, **params, n_head=n_head, cache=cache[:, :, :, :n_k])
         id = int(pick(logits[-1]))
         yield id
         inputs = [id]  # the only token that the model has not read yet
@@ -268,8 +269,8 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: the folder of the models; OpenAI's are downloaded into it when first used
-        temperature: sample, the more freely the higher. The default and 0 take the likeliest token
-            each time (greedy). Any of --top_k, --top_p and --seed alone samples at temperature 1
+        temperature: above 0, sample: the higher, the more freely. By default and with 0, take the
+            likeliest token each time. With --top_k, --top_p or --seed, the default is 1
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, enough to reach this probability together
         seed: a whole number; the same seed gives the same text again
@@ -282,7 +283,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt, "all") or encoder.bos
+    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens count; "" has a start
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []

@@ -391,9 +391,7 @@ def fetch(url, path):
         with open(part, "ab") as file:
             size = file.tell()
             start = max(size - 1, 0)
-            headers = {"Accept-Encoding": "identity"} | (
-                {"Range": f"bytes={start}-"} if start else {}
-            )
+            headers = {"Range": f"bytes={start}-"} if start else {}
             try:
                 response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
                 if response.status_code == 416 and start:  # the part is longer than the file

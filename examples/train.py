@@ -53,7 +53,7 @@ PLACES = {
 # The exam has several kinds of questions. Each says where its prompts begin, how many tokens they
 # have at least, how many tokens the model must add, and how the prompts are typed.
 ASKED = 500  # the most questions of a kind
-MANNERS = {None: "as in the text", 0: "in lower case", 1: "no punctuation", 2: "neither"}
+TYPED = {None: "as it is", 0: "lower case", 1: "no punctuation", 2: "lower case, no punctuation"}
 EXAM = [("the start of a speech", 40, 40, None), ("a whole line", 8, 40, None)]
 EXAM += [("the start of a clause", 5, 16, None), ("some words", 6, 16, None)]
 EXAM += [("a whole line", 8, 16, manner) for manner in (0, 1, 2)]
@@ -88,9 +88,10 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     )
     # A folder that cannot be written should be noticed now, and not after the training.
     existing = next(path for path in (model_dir, *model_dir.parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{existing} is a file. Choose another folder for the model.")
-    tempfile.TemporaryFile(dir=existing).close()
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(f"{existing}: {error.strerror}. Choose another folder to save in.") from None
     signals = []  # Ctrl-C and SIGTERM are only noted here, so that the model can be saved
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: signals.append(signum))
@@ -184,9 +185,7 @@ def check_length(name, n_tokens, length, n_ctx):
     if length > n_ctx:
         raise ValueError(f"--length must be {n_ctx} or less, which is the context of the model")
     if n_tokens <= length:
-        raise ValueError(
-            f"{name} needs more than {length} tokens, but has {n_tokens}. Use more text."
-        )
+        raise ValueError(f"{name} needs more than {length} tokens, not {n_tokens}. Use more text.")
 
 
 def learn_vocabulary(text):
@@ -232,10 +231,10 @@ class Prompts:
         return [*prompt, *rest][: length + 1], 0 if manner is None else len(prompt)
 
     def typed(self, start, end, manner):
-        """Return the words between two places as people type them, and the first id after them.
+        """Return words as people type them, and how many ids the text has up to their end.
 
-        Manner 0 is lower case, 1 is no punctuation, 2 is neither capitals nor punctuation, and 3
-        has no apostrophes either. None leaves the words as they are. The id is told by its index.
+        Manner 0 is lower case, 1 is no punctuation, 2 is both, and 3 is both without apostrophes.
+        None leaves the words as they are. Without punctuation, the words may end earlier.
         """
         words = self.text[start:end]
         if manner:
@@ -295,8 +294,8 @@ def train(params, n_head, draw, optimizer, held_out, steps, signals):
         bar.set_postfix_str(f"loss {losses[-1]:.3f}")
     if not losses:
         return "", params
-    last = np.mean(losses[-(1 + len(losses) // 10) :])
-    report = f"Training loss: {losses[0]:.4f} at first, {last:.4f} in the last tenth of the steps."
+    # The loss at the end is the mean of 20 steps, because it differs from batch to batch.
+    report = f"Training loss: {losses[0]:.4f} at first, {np.mean(losses[-20:]):.4f} at the end."
     if len(held_out):
         report += f"\nHeld-out loss: {before:.4f} before training, {held_out_loss():.4f} after it."
     return report, jax.tree.map(np.asarray, params)
@@ -340,7 +339,7 @@ def recite(text, model_dir):
         for ids in islice(questions(prompts, kind, least, n_new, manner, hparams["n_ctx"]), ASKED):
             logits = gpt2.gpt2(ids[:-1], **params, n_head=hparams["n_head"])[-n_new:]
             right.append(np.array_equal(np.argmax(logits, axis=-1), ids[-n_new:]))
-        prompt = f"{kind} ({least} tokens or more, {MANNERS[manner]})"
+        prompt = f"{kind} ({least} tokens or more, {TYPED[manner]})"
         lines.append(f"  {n_new} tokens after {prompt}: {sum(right)} of {len(right)}")
     return "\n".join(lines)
 

@@ -1,248 +1,311 @@
-"""The command, `python gpt2.py "prompt"`, as typed in a shell, and what can go wrong there."""
+"""The command, `python gpt2.py "prompt"`, as people type it in a shell."""
 
+import io
+import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import BUNDLED, ROOT
 
-from gpt2 import generate, main
+import gpt2
+from gpt2 import generate
 from utils import command_line
 
 VERSE = "But, soft! what light through yonder window breaks?"
 TINY = ("--model_size", "1M", "--n_tokens_to_generate", "12")
+# With these settings, ASCII is Python's default for what is read and written.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ECHO = ("-c", "import utils; utils.command_line(lambda prompt: ascii(prompt))")
 posix = pytest.mark.skipif(os.name == "nt", reason="needs the shell, signals or files of POSIX")
 
 
+def main(prompt, n=12, **limits):
+    """The text that the command should print."""
+    return gpt2.main(prompt, n, "1M", str(ROOT / "models"), **limits)
+
+
+def run(*args, code=("gpt2.py",), stdin=b"", **env):
+    """Run `python gpt2.py` with these arguments, without any setting of Python by the caller."""
+    words = [word if isinstance(word, bytes) else str(word) for word in (*code, *args)]
+    return start([sys.executable, *words], stdin, env)
+
+
+def shell(line, stdin=b""):
+    """Run a line of the shell, in which `gpt2` stands for the command."""
+    line = line.replace("gpt2", f"{shlex.quote(sys.executable)} gpt2.py")
+    return start(["bash", "-o", "pipefail", "-c", line], stdin, {})
+
+
+def start(command, stdin, env):
+    env = {k: v for k, v in os.environ.items() if k[:6] != "PYTHON" or k == "PYTHONPATH"} | env
+    pipes = {"input": stdin, "capture_output": True}
+    result = subprocess.run(command, cwd=ROOT, env=env, timeout=60, **pipes)
+    result.out, result.err = (
+        output.decode("utf-8", "replace").replace(os.linesep, "\n")
+        for output in (result.stdout, result.stderr)
+    )
+    return result
+
+
+def is_one_line(result):
+    """Whether the command ended with status 1 and one line that says why."""
+    return (result.returncode, result.out, result.err.count("\n")) == (1, "", 1)
+
+
 @pytest.fixture
-def shell():
-    """Run a line of the shell, in which `gpt2` stands for the command; Python's buffers are on."""
+def typed(monkeypatch, capsys):
+    """Run the command in this process, and return what it prints."""
 
-    def shell(line, stdin=b"", **env):
-        env = os.environ | env
-        env.pop("PYTHONUNBUFFERED", None)
-        line = line.replace("gpt2", f"{shlex.quote(sys.executable)} gpt2.py")
-        bash = ["bash", "-o", "pipefail", "-c", line]
-        return subprocess.run(bash, cwd=ROOT, input=stdin, capture_output=True, env=env, timeout=60)
+    def typed(*words, main=gpt2.main):
+        monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+        monkeypatch.setattr(sys, "argv", ["gpt2.py", *words])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        monkeypatch.chdir(ROOT)
+        command_line(main)
+        return capsys.readouterr().out
 
-    return shell
-
-
-def test_the_text_is_all_that_is_on_standard_output(run):
-    result = run(VERSE, "--model_size", "1M", "--n_tokens_to_generate", 20)
-    assert result.stdout == main(VERSE, 20, "1M", str(ROOT / "models")) + "\n"
-    assert (result.returncode, result.stderr) == (0, "")
+    return typed
 
 
-def test_the_text_appears_piece_by_piece(run):
-    """Each piece is flushed, so that it can be read before the next is found."""
+def test_the_text_is_all_that_is_on_standard_output():
+    result = run(VERSE, *TINY)
+    assert (result.returncode, result.out, result.err) == (0, main(VERSE) + "\n", "")
+
+
+def test_the_text_appears_piece_by_piece():
     code = "import sys, gpt2, utils; flush = sys.stdout.flush\n"
     code += "sys.stdout.flush = lambda: sys.stdout.write('|') and flush()\n"
     result = run(VERSE, *TINY, code=("-c", code + "utils.command_line(gpt2.main)"))
-    pieces = result.stdout.split("|")
+    pieces = result.out.split("|")
     assert len([piece for piece in pieces if piece.strip()]) >= 10
-    assert "".join(pieces) == main(VERSE, 12, "1M", str(ROOT / "models")) + "\n"
+    assert "".join(pieces) == main(VERSE) + "\n"
 
 
-PROMPTS = (
-    """42 [1,2] "quoted" None 1e5 a,b {'a':1} True -5 (1) 1_000 ' 0x10 b'x' a=b #x é 日本語 \\n"""
-)
+PROMPTS = """42 [1,2] "quoted" None 1e5 a,b {'a':1} True -5 (1) 1_000 ' 0x10 b'x' #x é 日本語 \\n"""
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS.split(), "[1, 2]", "- x", " x", "two\nlines", ""])
-def test_a_prompt_arrives_exactly_as_typed(prompt, monkeypatch, capsys):
-    for typed in ([prompt], [f"--prompt={prompt}"]):
-        monkeypatch.setattr(sys, "argv", ["gpt2.py", *typed, "7"])
-        command_line(lambda prompt, n=0: ascii([prompt, n]))
-        assert capsys.readouterr().out == ascii([prompt, "7"]) + "\n"
+def test_a_prompt_arrives_exactly_as_typed(prompt, typed):
+    for word in (prompt, f"--prompt={prompt}"):
+        printed = typed(word, "7", main=lambda prompt, n=0: ascii([prompt, n]))
+        assert printed == ascii([prompt, "7"]) + "\n"
 
 
 @posix
-@pytest.mark.parametrize(
-    ("line", "stdin", "prompt"),
-    [
-        ("gpt2 {}", b"ROMEO:\n", "ROMEO:"),
-        ("gpt2 - {}", b"ROMEO:", "ROMEO:"),
-        ("gpt2 --prompt=- {}", b"ROMEO:\n\n", "ROMEO:\n"),
-        ("gpt2 {}", b"JULIET:\r\n", "JULIET:"),
-        ("gpt2 - {}", b"", ""),
-        ("gpt2 {}", "Où es-tu, Roméo?".encode(), "Où es-tu, Roméo?"),
-    ],
-)
-def test_a_prompt_that_is_left_out_or_a_dash_is_read_from_standard_input(
-    shell, line, stdin, prompt
-):
-    result = shell(line.format(shlex.join(TINY)), stdin)
-    assert result.stdout.decode() == main(prompt, 12, "1M", str(ROOT / "models")) + "\n"
+@pytest.mark.parametrize("line", ["gpt2 {}", "gpt2 - {}", "gpt2 --prompt=- {}"])
+def test_a_dash_or_no_prompt_reads_standard_input(line):
+    """One line end at the end of it does not count."""
+    assert shell(line.format(shlex.join(TINY)), b"JULIET:\n").out == main("JULIET:") + "\n"
+    assert main("JULIET:") != main("JULIET:\n") != main("")
 
 
-def test_an_empty_prompt_starts_from_endoftext(run, bundled):
+def test_an_empty_prompt_starts_from_the_end_of_text_token(bundled, typed):
     encoder, hparams, params = bundled
-    ids = generate([encoder.encoder["<|endoftext|>"]], params, hparams["n_head"], 10)
-    assert run("", 10, "1M").stdout == encoder.decode(ids) + "\n"
+    ids = generate([encoder.encoder["<|endoftext|>"]], params, hparams["n_head"], 12)
+    assert typed("", *TINY) == encoder.decode(ids) + "\n"
 
 
-def test_a_seed_draws_the_same_text_again_and_none_another(run):
+def test_a_seed_repeats_a_text(typed):
     def text(*options):
-        return run("JULIET:\n", *TINY, "--temperature", "1.5", *options).stdout
+        return typed("JULIET:", *TINY, *options)
 
     assert text("--seed", "1") == text("--seed", "1") != text("--seed", "2")
-    assert len({text(), text(), text()}) > 1
-    greedy = run("JULIET:\n", *TINY).stdout
-    assert text("--top_k", "1") == text("--top_p", "0") == greedy
+    assert len({text("--temperature", "1.5") for _ in range(4)}) > 1
 
 
-def test_a_prompt_that_ends_in_a_space_is_told_that_it_goes_on_badly(run):
+SAMPLING = {
+    "": {},
+    "--seed 1": {"temperature": 1.0, "seed": 1},
+    "--top_k 5": {"temperature": 1.0, "seed": 1, "top_k": 5},
+    "--top_p 0.9": {"temperature": 1.0, "seed": 1, "top_p": 0.9},
+    "--top_p 1.0": {"temperature": 1.0, "seed": 1},
+    "--top_k 5 --temperature 2": {"temperature": 2.0, "seed": 1, "top_k": 5},
+    "--temperature 0 --top_k 5 --top_p 0.9 --seed 1": {},
+}
+
+
+@pytest.mark.parametrize(("options", "limits"), SAMPLING.items())
+def test_any_option_of_sampling_alone_switches_sampling_on(options, limits, typed, monkeypatch):
+    expected, real = main("JULIET:\n", **limits), np.random.default_rng
+    assert (expected == main("JULIET:\n")) == (not limits)  # Sampling shows in the text.
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: real(seed or 1))
+    assert typed("--prompt=JULIET:\n", *TINY, *options.split()) == expected + "\n"
+
+
+def test_a_prompt_that_ends_in_a_space_gets_a_hint():
     with_space, without = (run(prompt, *TINY) for prompt in ("But, soft! ", "But, soft!"))
-    assert "ends in a space" in with_space.stderr and with_space.stderr.count("\n") == 1
-    assert with_space.returncode == 0 and without.stderr == ""
+    assert "ends in a space" in with_space.err and with_space.err.count("\n") == 1
+    assert with_space.returncode == 0 and without.err == ""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["x", "--n_tokens_to_generate", "-1"], "must be a whole number, 0 or more, not '-1'"),
-        (["x", "--n_tokens_to_generate", "ten"], "must be a whole number, 0 or more, not 'ten'"),
-        (["x", "--n_tokens_to_generate", "1.5"], "must be a whole number, 0 or more, not '1.5'"),
-        (["x", "--model_size", "1M", "--n_tokens_to_generate", "256"], "the context takes 1 to"),
-        (["x x" * 300, "--model_size", "1M"], "the context takes 1 to 256"),
-        (["x", "--model_size", "117M"], "must be 124M, 355M, 774M, 1558M, or"),
-        (["x", "--model_size", "../models/1M"], "must be 124M, 355M, 774M, 1558M, or"),
-        (["x", "--temperature", "-1"], "temperature must be above 0"),
-        (["x", "--temperature", "warm"], "temperature and top_p must be numbers"),
-        (["x", "--top_k", "0"], "top_k 1 or more"),
-        (["x", "--top_k", "2.5"], "top_k must be a whole number, 0 or more, not '2.5'"),
-        (["x", "--top_p", "1.01"], "top_p from 0 to 1"),
-        (["x", "--seed", "-3"], "seed must be a whole number, 0 or more, not '-3'"),
-        ([b"\xff", "--model_size", "1M"], "surrogate"),
-    ],
-)
-def test_a_value_that_cannot_be_used_is_told_in_a_line(arguments, words):
-    command = [sys.executable, "gpt2.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
-    assert (result.returncode, result.stdout) == (1, b"")
-    assert words in result.stderr.decode()
-    assert result.stderr.count(b"\n") == 1
+NINE = "But soft what light through yonder window breaks it"
+LINES = ("Romeo Juliet --model_size 1M", "--model_size 1M Romeo Juliet", NINE, f"{NINE} {NINE}")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["x", "--model", "1M"], "--model\n"),
-        (["x", "--show", "print"], "--show"),
-        (["x", "9", "1M", "models", "0", "1", "1", "1", "more"], "more"),
-        (["x", "9", "1M", "models", "0", "1", "1", "1", "_run"], "_run"),
-        (["x", "-m", "1M"], "-m"),
-        ([], "prompt"),
-    ],
-)
-def test_a_flag_or_word_that_is_wrong_is_named_and_the_help_pointed_to(arguments, word):
-    command = [sys.executable, "gpt2.py", *arguments]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL, timeout=60
-    )
-    error = result.stderr.decode()
-    assert result.returncode == 1 and result.stdout == b""
-    assert word in error and "--help" in error
-    assert len(error.splitlines()) <= 3 and "Traceback" not in error
+@pytest.mark.parametrize("line", LINES)
+def test_the_message_for_several_words_says_to_put_the_prompt_in_quotes(line):
+    result = run(*line.split())
+    assert (result.returncode, result.out) == (1, "") and result.err.count("\n") <= 3
+    assert "put it in quotes" in result.err and "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("typed", ["--help", "-h", "x -h", "x 9 --help 1M", "--model 1M --help"])
-def test_help_is_the_same_wherever_it_is_asked_for(run, typed):
-    result = run(*typed.split(), PAGER="false")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == run("--help").stdout
+LIMITS = {
+    "n_tokens_to_generate": ("a whole number, 0 or more", ["-1", "ten", "1.5"]),
+    "temperature": ("a number, 0 or more", ["-1", "warm", "nan"]),
+    "top_k": ("a whole number, 1 or more", ["0", "2.5"]),
+    "top_p": ("a number, from 0 to 1", ["1.01", "-0.1", "nan"]),
+    "seed": ("a whole number, 0 or more", ["-3"]),
+}
+
+
+@pytest.mark.parametrize("option", LIMITS)
+def test_a_value_out_of_range_is_told_with_the_limits_of_that_option(option):
+    limits, values = LIMITS[option]
+    for value in values:
+        result = run("x", f"--{option}", value)
+        assert is_one_line(result)
+        assert result.err == f"{option} must be {limits}, not {value!r}\n"
+
+
+def test_too_many_tokens_are_told_with_the_number_that_would_fit():
+    result = run("x", "256", "--model_size", "1M")
+    assert result.returncode == 1 and "room for" in result.err and "255" in result.err
+    assert is_one_line(run("x x" * 300, "--model_size", "1M"))
+
+
+@pytest.mark.parametrize("name", ["117M", "../models/mine", ""])
+def test_an_unknown_model_is_told_with_the_folders_that_are_there(name, tmp_path):
+    for folder in ("mine", "yours"):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+        (tmp_path / "models" / folder / "config.json").touch()
+    result = run("x", f"--model_size={name}", "--models_dir", tmp_path / "models")
+    assert is_one_line(result) and "124M, 355M, 774M, 1558M" in result.err
+    assert "(mine, yours)" in result.err and repr(name) in result.err
+
+
+WRONG = {"x --model 1M": "--model\n", "x --show print": "--show", "x -m 1M": "-m", "": "prompt"}
+
+
+@pytest.mark.parametrize(("line", "word"), WRONG.items())
+def test_a_wrong_flag_is_named_and_the_help_pointed_to(line, word):
+    result = run(*line.split())
+    assert (result.returncode, result.out) == (1, "") and result.err.count("\n") <= 2
+    assert word in result.err and "--help" in result.err
+
+
+def test_help_is_the_same_wherever_it_is_asked_for():
+    lines = ("--help", "-h", "x -h", "x 9 --help 1M", "--model 1M --help")
+    first, *others = (run(*line.split(), PAGER="false") for line in lines)
+    assert (first.returncode, first.err) == (0, "")
+    assert all((r.returncode, r.out, r.err) == (0, first.out, "") for r in others)
     for words in ("--n_tokens_to_generate", "124M, 355M, 774M or 1558M", "--seed", "FLAGS"):
-        assert words in result.stdout
+        assert words in first.out
     for strange in ("GROUP", "--show", "\0", "Namespace", "\x1b"):
-        assert strange not in result.stdout
+        assert strange not in first.out
 
 
-def test_without_a_network_the_error_names_the_model_that_needs_none(run, tmp_path):
-    code = "import gpt2, utils; utils.PAUSES = (); utils.command_line(gpt2.main)"
-    arguments = ("x", "--models_dir", tmp_path)
-    result = run(*arguments, code=("-c", code), GPT2_BASE_URL="http://127.0.0.1:9/models")
-    assert result.returncode == 1
-    assert "http://127.0.0.1:9/models/124M/checkpoint did not arrive" in result.stderr
-    assert "--model_size 1M needs no network" in result.stderr
-    assert not os.listdir(tmp_path)
-
-
-def test_a_package_that_is_missing_is_named(run):
-    code = (
-        "import sys; sys.modules['fire'] = None; import gpt2, utils; utils.command_line(gpt2.main)"
-    )
+def test_a_missing_package_is_named_with_the_command_that_installs_it():
+    code = "import sys, gpt2, utils; sys.modules['fire'] = None; utils.command_line(gpt2.main)"
     result = run("x", "9", "1M", code=("-c", code))
-    assert result.returncode == 1
-    assert "fire" in result.stderr and "pip install -r requirements.txt" in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert (
+        is_one_line(result)
+        and "fire" in result.err
+        and "pip install -r requirements.txt" in result.err
+    )
 
 
-@pytest.mark.parametrize(
-    ("encoding", "text"), [("cp1252", "café ??"), ("ascii", "caf? ??"), ("utf-8", "café 日\ufffd")]
-)
-def test_no_terminal_is_too_old_for_what_the_model_writes(run, encoding, text):
-    code = "import utils; utils.command_line(lambda: 'caf\\u00e9 \\u65e5\\ufffd')"
-    result = run(code=("-c", code), encoding=encoding, PYTHONIOENCODING=encoding)
-    assert (result.returncode, result.stdout) == (0, text + "\n")
+def test_windows_line_ends_and_a_byte_order_mark_are_cleaned():
+    """In both ways in: standard input, whatever the locale is, and an argument."""
+    clean = ascii("Où es-tu?\n\nROMEO:") + "\n"
+    dirty = "\ufeffOù es-tu?\r\n\rROMEO:"
+    for settings in ({}, ASCII):
+        assert run(code=ECHO, stdin=f"{dirty}\r\n".encode(), **settings).out == clean
+    assert run(dirty, code=ECHO).out == clean
 
 
 @posix
-@pytest.mark.parametrize(("after", "left"), [(0, b""), (5, b"word word word word word \n")])
+@pytest.mark.parametrize("line", ["gpt2 {} < {}", 'gpt2 {} "$(cat {})"'])
+def test_a_file_from_windows_gives_the_text_of_a_clean_file(line, tmp_path):
+    path, prompt = tmp_path / "prompt.txt", "ROMEO:\nJULIET:\nO Romeo,"
+    path.write_bytes(b"\xef\xbb\xbf" + prompt.replace("\n", "\r\n").encode())
+    result = shell(line.format(shlex.join(TINY), shlex.quote(str(path))))
+    assert (result.out, result.err) == (main(prompt) + "\n", "")
+
+
+def test_standard_input_that_is_not_utf_8_is_told_in_a_line():
+    for settings in ({}, ASCII):
+        result = run("-", *TINY, stdin=b"\xff", **settings)
+        assert is_one_line(result) and "Standard input is not utf-8" in result.err
+
+
+WRITTEN = [({}, "utf-8"), (ASCII, "utf-8")]
+WRITTEN += [({"PYTHONIOENCODING": encoding}, encoding) for encoding in ("cp1252", "ascii")]
+
+
+@pytest.mark.parametrize(("settings", "encoding"), WRITTEN)
+def test_redirected_output_is_utf_8_unless_pythonioencoding_says_otherwise(settings, encoding):
+    code = "import utils; utils.command_line(lambda n=0: 'caf\\u00e9 \\u65e5\\ufffd')"
+    result = run(code=("-c", code), **settings)
+    assert (result.returncode, result.err) == (0, "")
+    assert result.stdout.rstrip() == "café 日\ufffd".encode(encoding, "replace")
+
+
+@posix
+@pytest.mark.parametrize(("after", "left"), [(0, ""), (5, "word word word word word \n")])
 def test_ctrl_c_leaves_the_text_so_far_a_newline_and_status_130(after, left):
-    # A shell's background jobs, the tests perhaps among them, start with the signal ignored.
-    code = "import os, signal, utils; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += f"""
-def main(*, show=str):
+    # A shell's background jobs start with the signal ignored, and the tests may be one.
+    code = f"""
+import os, signal, utils
+
+def main(n=0, *, show=str):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for _ in range({after}):
         show("word ")
     os.kill(os.getpid(), signal.SIGINT)
 
 utils.command_line(main)"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (130, left, b"")
+    result = run(code=("-c", code))
+    assert (result.returncode, result.out, result.err) == (130, left, "")
 
 
 @posix
 @pytest.mark.parametrize("what", [f"x {shlex.join(TINY)}", "--help"])
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [
-        ("| true", ""),
-        ("| head -c 0", ""),
-        (">&-", "Standard output is closed."),
-        ("> /dev/full", "[Errno 28] No space left on device"),
-    ],
-)
-def test_a_text_that_does_not_get_out_ends_quietly_with_a_status(shell, what, where, error):
-    """It is shorter than a buffer, so that it fails when it is flushed, if not before."""
-    if where.endswith("/dev/full") and not os.path.exists("/dev/full"):
+@pytest.mark.parametrize("where", ["| true", "| head -c 0", "> /dev/full"])
+def test_a_text_that_does_not_get_out_ends_quietly_with_a_status(what, where):
+    """The text is shorter than a buffer, so it fails when it is flushed."""
+    if "full" in where and not os.path.exists("/dev/full"):
         pytest.skip("this system has no device that is always full")
     result = shell(f"gpt2 {what} {where}")
-    assert result.stderr.decode() == (error and f"{error}\n")
-    assert result.returncode != 0
+    full = "[Errno 28] No space left on device\n"
+    assert (result.returncode, result.err) == ((1, full) if "full" in where else (141, ""))
 
 
 @posix
-@pytest.mark.parametrize("where", ["2>&-", "2> /dev/full"])
-def test_a_closed_or_full_standard_error_does_not_keep_the_text_from_coming(shell, where):
-    if where.endswith("/dev/full") and not os.path.exists("/dev/full"):
-        pytest.skip("this system has no device that is always full")
-    result = shell(f"gpt2 'But, soft! ' {shlex.join(TINY)} {where}")
-    assert result.stdout.decode() == main("But, soft! ", 12, "1M", str(ROOT / "models")) + "\n"
-    assert result.returncode == 0
-
-
-@posix
-def test_a_reader_who_has_enough_ends_the_command_quietly(shell):
+def test_a_reader_that_has_enough_ends_the_command_quietly():
     result = shell(f"gpt2 {shlex.quote(VERSE)} 200 1M | head -c 5")
-    assert (result.stdout, result.stderr) == (b"\nIt i", b"")
+    assert (result.returncode, result.out, result.err) == (141, "\nIt i", "")
 
 
-def test_the_readmes_first_block_ends_with_verse(run):
-    blocks = (ROOT / "README.md").read_text("utf-8").split("```sh\n")[1:]
-    python, *arguments = shlex.split(blocks[0].split("```")[0].splitlines()[-1])
+def test_the_end_of_text_token_ends_the_text_and_is_not_printed(bundled, tmp_path):
+    encoder, hparams, params = bundled
+    ids = generate(encoder.encode(VERSE), params, hparams["n_head"], 12)
+    end = ids.index(encoder.encode(" Juliet")[0])
+    shutil.copytree(BUNDLED, tmp_path / "mine")
+    (tmp_path / "mine" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": ids[end]})
+    )
+    result = run(VERSE, 12, "mine", tmp_path)
+    assert (result.out, result.err) == (encoder.decode(ids[:end]) + "\n", "")
+    assert 0 < end < 11
+
+
+def test_the_first_sh_block_of_the_readme_prints_verse():
+    block = (ROOT / "README.md").read_text("utf-8").split("```sh\n")[1].split("```")[0]
+    python, *arguments = shlex.split(block.splitlines()[-1])
     assert python == "python"
-    assert "\nIt is the east, and Juliet is the sun.\n" in run(code=arguments).stdout
+    assert "\nIt is the east, and Juliet is the sun.\n" in run(code=arguments).out

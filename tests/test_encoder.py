@@ -8,9 +8,9 @@ import tiktoken
 from conftest import MERGES, ROOT, TOKENS, write_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from encoder import Encoder, bytes_to_unicode, get_encoder, read_text
+from encoder import bytes_to_unicode, get_encoder
 
 # As in tiktoken's own definition of "gpt2".
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -27,25 +27,16 @@ STRINGS = [
     "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇺🇳 ☺️",
     "½ ² ⅷ 1,234.5e-6 ١٢٣ 三 10²³",
     " \x00 \x1c \x1f \x7f \x85 \xa0 \xad \u180e \u200b \u2028 \u3000 \ufeff \ufffd \uffff",
-    "<|endoftext|> x = {'a': [1, 2]}; <br/> \\n http://a.b/c?d=e&f#g",
+    "<|endoftext|> x = {'a': [1, 2]}; <br/> \\n http://a.b/c?d=e&f#g ## ###",
 ]
-LONG = {
-    "one letter": "a" * 20_000,
-    "one sign": "=" * 20_000,
-    "digits": "".join(random.Random(0).choices("0123456789", k=20_000)),
-    "letters": "".join(random.Random(0).choices("etaoinshrdlu", k=20_000)),
-    "ideographs": "".join(map(chr, range(0x4E00, 0x4E00 + 20_000))),
-}
-if SHARED.is_dir():
-    LONG["a megabyte"] = read_text(SHARED / "text" / "tinyshakespeare.txt")
 
 
 @pytest.fixture(scope="module", params=["1M", "124M"])
 def both(request):
     """Our encoder, and tiktoken with the same tokens."""
-    name, folders = request.param, (ROOT / "models", SHARED / "gpt2")
-    files = ("tokenizer.json", "vocab.bpe")
-    models_dir = next((d for d in folders for f in files if (d / name / f).exists()), None)
+    name, models_dir = request.param, ROOT / "models"
+    if name == "124M":
+        models_dir = next((d for d in (models_dir, SHARED / "gpt2") if (d / name).is_dir()), None)
     if models_dir is None:
         pytest.skip("OpenAI's vocabulary is not here: `python gpt2.py hello` downloads it")
     ours = get_encoder(name, models_dir)
@@ -59,387 +50,371 @@ def both(request):
 @pytest.mark.parametrize("text", STRINGS)
 def test_ids_are_those_of_tiktoken_and_decode_to_the_text(both, text):
     ours, theirs = both
+    ours.encode(text).clear()  # the list belongs to the caller
     assert ours.encode(text) == theirs.encode_ordinary(text)
     assert ours.decode(ours.encode(text)) == text
 
 
-# A letter newer than this Python may be one for only one of the two, by the age of their tables.
+# Unicode's versions differ in which code points are letters, so unassigned ones are left out.
 ASSIGNED = st.characters(exclude_categories=["Cs", "Cn"])
 KINDS = st.sampled_from("aZ9é中½👍'\u2019sStmdrvel.=\x85\xa0\u3000 \n\t")
 
 
 @given(text=st.text(ASSIGNED) | st.text(KINDS))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_text_has_the_ids_of_tiktoken(both, text):
     ours, theirs = both
     assert ours.encode(text) == theirs.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("start", range(0, 0x3400, 0x400))
-def test_any_character_between_others_has_the_ids_of_tiktoken(both, start):
+@pytest.mark.parametrize("start", [0, 0x400, 0x2000, 0x3000])
+def test_any_character_before_a_letter_has_the_ids_of_tiktoken(both, start):
     ours, theirs = both
-    text = "".join(f" {chr(c)}s {chr(c)}\n" for c in range(start, start + 0x400))
+    text = "".join(f" {chr(c)}s\n" for c in range(start, start + 0x400))
     assert ours.encode(text) == theirs.encode_ordinary(text)
 
 
-@given(text=st.text())
-@settings(deadline=None)
-def test_any_text_comes_back(both, text):
-    assert both[0].decode(both[0].encode(text)) == text
+@pytest.mark.parametrize("letters", ["a", "=", "etaoinshrdlu", "今日は世界"])
+def test_a_long_word_has_the_ids_of_tiktoken(both, letters):
+    ours, theirs = both
+    text = "".join(random.Random(0).choices(letters, k=5_000))
+    assert ours.encode(text) == theirs.encode_ordinary(text)
 
 
 @given(data=st.data())
 @settings(deadline=None)
-def test_any_ids_decode_as_with_tiktoken_whole_or_in_pieces(both, data):
+def test_any_ids_decode_as_with_tiktoken_at_once_or_in_a_stream(both, data):
     ours, theirs = both
     ids = data.draw(st.lists(st.integers(0, len(ours.encoder) - 1)))
     assert ours.decode(ids) == "".join(ours.decode_stream(iter(ids))) == theirs.decode(ids)
 
 
-@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
-def test_a_long_word_or_text_has_the_ids_of_tiktoken(both, text):
-    ours, theirs = both
-    assert ours.encode(text) == theirs.encode_ordinary(text)
+@given(texts=st.lists(st.text(ASSIGNED) | st.just("<|endoftext|>")))
+@settings(deadline=None)
+def test_the_end_of_text_token_is_found_only_where_it_is_allowed(both, texts):
+    (ours, theirs), text = both, "".join(texts)
+    assert ours.encode(text) == ours.encode(text, set()) == theirs.encode_ordinary(text)
+    ids = theirs.encode(text, allowed_special="all")
+    assert ours.encode(text, allowed_special="all") == ids
+    assert ours.encode(text, allowed_special={"<|endoftext|>", "no token"}) == ids
+    assert ours.encode(text, allowed_special=["no token", "<|endoftext|>"]) == ids
 
 
 @pytest.mark.parametrize("both", ["124M"], indirect=True)
-def test_the_famous_example(both):
+def test_a_known_sentence_has_the_ids_of_gpt2(both):
     ids = both[0].encode("Not all heroes wear capes.")
     assert ids == [3673, 477, 10281, 5806, 1451, 274, 13]
 
 
-def test_ids_that_end_inside_a_character_decode_with_a_replacement_character(both):
-    ids = both[0].encode("so \U0001fae8")
-    assert both[0].decode(ids[:-1]) == "so \ufffd"
+def test_a_stream_yields_one_text_for_each_id_as_soon_as_it_comes(both):
+    ours, theirs = both
+    ids, taken, pieces = theirs.encode_ordinary("né 👍!"), [], []
 
-
-def test_a_stream_gives_each_character_as_soon_as_it_is_whole(both):
-    taken = []
-
-    def ids():
-        for id in both[0].encode("né 👍!"):
+    def source():
+        for id in ids:
             taken.append(id)
             yield id
 
-    pieces, text = [], ""
-    for piece in both[0].decode_stream(ids()):
-        text += piece
+    for piece in ours.decode_stream(source()):
         pieces.append(piece)
-        assert len(taken) == min(len(pieces), len(both[0].encode("né 👍!")))
-        assert "né 👍!".startswith(text)
-    assert text == "né 👍!"
-    assert both[1].decode_bytes(taken).decode() == text
+        assert len(taken) == min(len(pieces), len(ids))
+        assert "né 👍!".startswith("".join(pieces))
+    assert "".join(pieces) == "né 👍!" and len(pieces) == len(ids) + 1
 
 
-def test_there_is_a_character_for_each_byte_and_no_more():
-    assert sorted(bytes_to_unicode()) == [*range(256)]
-    assert len({*bytes_to_unicode().values()}) == 256
-
-
-def test_a_list_of_ids_belongs_to_the_caller(both):
-    ids = both[0].encode("Romeo")
-    expected = [*ids]
-    ids.clear()
-    assert both[0].encode("Romeo") == expected
-
-
-def test_words_are_kept_for_the_next_time_but_not_without_end():
-    encoder = Encoder({token: id for id, token in enumerate(TOKENS)}, MERGES)
-    encoder.encode("the heroes of")
-    encoder.encode(" the day")
-    assert {"the", " heroes", " of", " the", " day"} == {*encoder.cache}
-    encoder.encode(" ".join(map(str, range(100_002))))
-    encoder.encode("Romeo")
-    assert len(encoder.cache) < 100
-
-
-def test_merges_may_be_lists_as_json_has_them():
-    vocabulary = {token: id for id, token in enumerate(TOKENS)}
-    encoder = Encoder(vocabulary, [[*pair] for pair in MERGES])
-    assert encoder.encode("the") == Encoder(vocabulary, MERGES).encode("the")
-    assert encoder.encode(" the Romeo") == [TOKENS.index("Ġthe"), 220, TOKENS.index("Romeo")]
-
-
-@pytest.mark.parametrize(
-    "text, lone", [("\ud800", r"'\\ud800' at 0"), ("Romeo \udcff and", r"'\\udcff' at 6")]
-)
-def test_a_lone_surrogate_is_refused_by_its_place(both, text, lone):
-    with pytest.raises(ValueError, match=rf"^the text has a lone surrogate, {lone}$"):
+@pytest.mark.parametrize("text", ["\ud800", "Romeo \udcff and"])
+def test_a_lone_surrogate_is_refused(both, text):
+    with pytest.raises(ValueError, match="surrogate"):
         both[0].encode(text)
 
 
-@pytest.mark.parametrize("id", [-1, 50257, 10**20, None, "0", 0.5])
+@pytest.mark.parametrize("id", [-1, 50257, None, "0", 0.5])
 def test_an_id_outside_the_vocabulary_is_refused_by_name(both, id):
     with pytest.raises(ValueError, match=f"the id {id}$"):
         both[0].decode([0, id])
 
 
-def test_files_are_utf_8_whatever_the_locale_says(run, tmp_path):
-    write_vocabulary(tmp_path)
-    code = "import sys, encoder; print(encoder.get_encoder('', sys.argv[1]).encode('caf\\xe9 the'))"
-    result = run(tmp_path, code=("-c", code), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert result.stdout == f"{get_encoder('', tmp_path).encode('café the')}\n"
-
-
 # --- Two files: OpenAI's, or Hugging Face's older ones ---
+
+VOCABULARY = {token: id for id, token in enumerate(TOKENS)}
+THE = TOKENS.index("Ġthe")
 
 
 def ids_of(tokens):
     return json.dumps({token: id for id, token in enumerate(tokens)}).encode()
 
 
-def lines(function):
-    """The merges after a change to the third, `h e`."""
-    pairs = [" ".join(pair) for pair in MERGES]
-    pairs[2] = function(pairs[2])
-    return "\n".join(["#version: 0.2", *pairs, ""]).encode()
+def test_files_are_utf_8_whatever_the_locale_says(run, tmp_path):
+    write_vocabulary(tmp_path)
+    code = "import sys, encoder; print(encoder.get_encoder('', sys.argv[1]).encode('\\xe9 the'))"
+    result = run(tmp_path, code=("-c", code), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert result.stdout == f"{[TOKENS.index('Ã'), TOKENS.index('©'), THE]}\n"
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
-def test_two_files_are_read_alike_under_either_name(names, tmp_path):
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "byte order mark"])
+def test_two_files_are_read_alike_under_either_name(names, line_end, start, tmp_path):
     write_vocabulary(tmp_path, *names)
+    (tmp_path / names[0]).write_text(json.dumps(dict(reversed(VOCABULARY.items()))))
+    for name in names:
+        text = start + (tmp_path / name).read_bytes().decode().replace("\n", line_end)
+        (tmp_path / name).write_bytes(text.encode())
     encoder = get_encoder(tmp_path.name, tmp_path.parent)
-    assert encoder.encoder == {token: id for id, token in enumerate(TOKENS)}
-    assert [*encoder.bpe_ranks] == MERGES and encoder.endoftext == [299]
+    assert encoder.encoder == VOCABULARY and [*encoder.bpe_ranks] == MERGES
 
 
-def test_tokens_need_not_be_in_the_order_of_their_ids(tmp_path):
-    write_vocabulary(tmp_path)
-    ids = json.loads((tmp_path / "encoder.json").read_text("utf-8"))
-    (tmp_path / "encoder.json").write_text(json.dumps(dict(reversed(ids.items()))))
-    assert get_encoder("", tmp_path).encode(" the") == [TOKENS.index("Ġthe")]
-
-
-@pytest.mark.parametrize("line", ["\r\n", "\n\n"])
-def test_lines_may_end_as_on_windows_or_with_an_empty_one(line, tmp_path):
-    write_vocabulary(tmp_path)
-    content = (tmp_path / "vocab.bpe").read_bytes().replace(b"\n", line.encode())
-    (tmp_path / "vocab.bpe").write_bytes(content)
-    assert [*get_encoder("", tmp_path).bpe_ranks] == MERGES
-
-
-@pytest.mark.parametrize("added", ["<pad>", "[PAD]", "<|user|>", "<a b>"])
-def test_tokens_of_a_fine_tuned_model_decode_to_themselves(added, tmp_path):
+@pytest.mark.parametrize("unused", ["<pad>", "[PAD]", "<|a b|>"])
+def test_an_unused_token_of_the_vocabulary_decodes_to_its_text(unused, tmp_path):
     write_vocabulary(tmp_path, "vocab.json", "merges.txt")
-    (tmp_path / "vocab.json").write_bytes(ids_of([*TOKENS, added]))
-    encoder = get_encoder("", tmp_path)
-    assert encoder.decode([TOKENS.index("Rome"), 300]) == f"Rome{added}"
-    assert max(encoder.encode(added)) < 299  # written in a prompt, it is text as any other
+    (tmp_path / "vocab.json").write_bytes(ids_of([*TOKENS, unused]))
+    assert get_encoder("", tmp_path).decode([THE, 300]) == f" the{unused}"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    "name, content, message",
     [
-        ("encoder.json", b'{"!": 0,', "encoder.json is not JSON"),
-        ("encoder.json", b"[0, 1]", "encoder.json is not a JSON object"),
+        ("encoder.json", b'{"!": 0,', "encoder.json is not a JSON object"),
         ("encoder.json", b'{"!": 0, "a": 2}', "encoder.json does not number its tokens"),
         ("encoder.json", b'{"!": 0, "a": true}', "encoder.json does not number its tokens"),
-        ("encoder.json", b'{"!": 0, "a": 1.0}', "encoder.json does not number its tokens"),
-        ("encoder.json", b'{"!": 0, "a": "1"}', "encoder.json does not number its tokens"),
-        ("encoder.json", b'{"!": 0, "a": [1]}', "encoder.json does not number its tokens"),
-        ("encoder.json", b'{"!": 0, "a": 1}', "do not belong together"),
-        ("encoder.json", ids_of([*TOKENS, "<|x"]), "do not belong together"),
-        ("encoder.json", ids_of([*TOKENS, "x|>"]), "do not belong together"),
-        ("encoder.json", ids_of([*TOKENS, "[x"]), "do not belong together"),
         ("encoder.json", ids_of([*TOKENS, "xy"]), "do not belong together"),
-        ("encoder.json", ids_of([t for t in TOKENS if t != "a"]), "do not belong together"),
         ("encoder.json", ids_of([t for t in TOKENS if t != "Rome"]), "do not belong together"),
         ("vocab.bpe", b"#version: 0.2\n\xc4", "vocab.bpe is not UTF-8"),
-        ("vocab.bpe", b"", "do not belong together"),
-        ("vocab.bpe", b"#version: 0.2\nt h", "do not belong together"),
-        ("vocab.bpe", lines(lambda pair: pair.replace(" ", "")), "do not belong together"),
-        ("vocab.bpe", lines(lambda pair: pair.replace(" ", "  ")), "do not belong together"),
-        ("vocab.bpe", lines(lambda pair: f"{pair} x"), "do not belong together"),
-        ("vocab.bpe", lines(lambda pair: ""), "do not belong together"),
-        ("vocab.bpe", lines(lambda pair: "q q"), "do not belong together"),
+        ("vocab.bpe", b"#version: 0.2\n", "do not belong together"),
+        ("vocab.bpe", b"he\n", "do not belong together"),
+        ("vocab.bpe", b"h e x\n", "do not belong together"),
+        ("added_tokens.json", b"[]", "added_tokens.json is not a JSON object"),
+        ("added_tokens.json", b'{"<s>": 301}', "does not number its tokens"),
+        ("special_tokens_map.json", b"\xff", "special_tokens_map.json is not UTF-8"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"300": {}}}', "no byte-level BPE"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, content, message):
+def test_a_damaged_file_is_named(name, content, message, tmp_path):
     write_vocabulary(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         get_encoder(tmp_path.name, tmp_path.parent)
-    assert str(tmp_path) in str(error.value) and name in str(error.value)
-    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "there, missing",
-    [
-        ("encoder.json", "vocab.bpe"),
-        ("vocab.bpe", "encoder.json"),
-        ("vocab.json", "merges.txt"),
-    ],
-)
-def test_a_missing_file_is_named(there, missing, tmp_path):
-    names = ("vocab.json", "merges.txt") if "merges.txt" in (there, missing) else ()
-    write_vocabulary(tmp_path, *names)
+@pytest.mark.parametrize("missing", ["merges.txt", "vocab.json"])
+def test_a_missing_file_is_named(missing, tmp_path):
+    write_vocabulary(tmp_path, "vocab.json", "merges.txt")
     (tmp_path / missing).unlink()
     with pytest.raises(FileNotFoundError) as error:
         get_encoder("", tmp_path)
-    assert str(error.value.filename) == str(tmp_path / missing)
+    # Without any file of tokens, the one that is asked for is tokenizer.json.
+    name = {"vocab.json": "tokenizer.json"}.get(missing, missing)
+    assert str(error.value.filename) == str(tmp_path / name)
+
+
+TEXT = "the user: naïve é, <s>the<|endoftext|>user:"
+CONTENT = {"content": "user:", "lstrip": False, "normalized": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"user:": 300}),
+        ("special_tokens_map.json", {"pad_token": "user:"}),
+        ("special_tokens_map.json", {"pad_token": CONTENT, "bos_token": "<|endoftext|>"}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<s>", "user:"]}),
+        ("special_tokens_map.json", {"additional_special_tokens": [CONTENT]}),
+        ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "model_max": 9}),
+        ("tokenizer_config.json", {"sep_token": {"__type": "AddedToken"} | CONTENT}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"user_token": "user:"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"300": CONTENT}}),
+    ],
+)
+def test_added_tokens_are_found_in_each_file_beside_the_vocabulary(name, content, theirs, tmp_path):
+    write_vocabulary(tmp_path, "vocab.json", "merges.txt")
+    if not {"added_tokens_decoder", "user:"} & {*content}:  # then the file only names the token
+        (tmp_path / "vocab.json").write_bytes(ids_of([*TOKENS, "user:"]))
+    (tmp_path / name).write_text(json.dumps(content), "utf-8-sig")
+    encoder, theirs = get_encoder("", tmp_path), theirs(["<|endoftext|>", "user:"])
+    assert encoder.encode(TEXT, allowed_special="all") == theirs.encode(TEXT).ids
+    assert encoder.decode([300, THE, 300]) == "user: theuser:"
+
+
+@pytest.mark.parametrize("named", [[], ["<s>"]])
+def test_only_named_tokens_beside_the_vocabulary_are_special(named, theirs, tmp_path):
+    write_vocabulary(tmp_path, "vocab.json", "merges.txt")
+    ids = json.dumps({"<s>": 300, "a<s": 301, "naïve é": 302})
+    (tmp_path / "added_tokens.json").write_text(ids, "utf-8")
+    mapped = json.dumps({"additional_special_tokens": named})
+    (tmp_path / "special_tokens_map.json").write_text(mapped, "utf-8")
+    added = ["<s>", "a<s", "naïve é"]
+    theirs = theirs(["<|endoftext|>", *named], [token for token in added if token not in named])
+    encoder = get_encoder("", tmp_path)
+    for text in (TEXT, "a<s>"):
+        assert encoder.encode(text, allowed_special="all") == theirs.encode(text).ids
+    expected = [TOKENS.index("a"), 300] if named else [301, TOKENS.index(">")]
+    assert encoder.encode("a<s>", "all") == expected
+    assert encoder.decode([302]) == "naïve é"
 
 
 # --- tokenizer.json, as `tokenizers` writes it ---
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def theirs():
-    """A tokenizer by the library `tokenizers`, with tokens added after the vocabulary."""
-    made = Tokenizer(models.BPE({token: id for id, token in enumerate(TOKENS)}, MERGES))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens(["<|endoftext|>", "[PAD]", AddedToken("two words, é"), "<s>"])
-    return made
+    """Make a tokenizer by the library `tokenizers`, with these special and added tokens."""
+
+    def make(special=(), added=(), vocabulary=VOCABULARY):
+        made = Tokenizer(models.BPE(vocabulary, MERGES))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.add_special_tokens([*special])
+        made.add_tokens([*added])
+        return made
+
+    return make
 
 
-@pytest.mark.parametrize("text", STRINGS)
-def test_the_bundled_file_has_the_ids_of_tokenizers(text):
-    folder = ROOT / "models" / "1M"
-    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text = text.replace("<|endoftext|>", "")  # which it takes for the token; here it is text
-    assert get_encoder("1M", folder.parent).encode(text) == library.encode(text).ids
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory):
+    """Read a tokenizer of that library, or what its file holds, from a file."""
+
+    def read(tokenizer):
+        folder = tmp_path_factory.mktemp("ours")
+        text = tokenizer.to_str() if isinstance(tokenizer, Tokenizer) else json.dumps(tokenizer)
+        (folder / "tokenizer.json").write_text(text, "utf-8")
+        return get_encoder(folder.name, folder.parent)
+
+    return read
 
 
-@pytest.mark.parametrize("text", STRINGS)
-def test_a_file_with_added_tokens_has_the_ids_of_tokenizers(text, theirs, tmp_path):
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    encoder, text = get_encoder("", tmp_path), text.replace("<|endoftext|>", "")
-    assert encoder.encode(text) == theirs.encode(text).ids
+SPECIAL, ADDED = ["<s>", "<s>>", "cde"], ["a<s", "ab", "abc", "bcd", "x y", "Rome", "é ü"]
 
 
-def test_added_tokens_are_in_the_vocabulary_and_decode_to_themselves(theirs, tmp_path):
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    encoder = get_encoder("", tmp_path)
-    assert len(encoder.encoder) == theirs.get_vocab_size() == 303
-    for content in ("<|endoftext|>", "[PAD]", "two words, é", "<s>"):
-        assert encoder.decode([theirs.token_to_id(content)]) == content
-    assert encoder.endoftext == [theirs.token_to_id("<|endoftext|>")]
+@pytest.mark.parametrize("text", ["a<s>", "abcde", "<s>>>", "abccde", "ax yx  y", "é üRomeo", "ü"])
+def test_special_tokens_are_found_before_added_ones(text, theirs, ours):
+    library = theirs(SPECIAL, ADDED)
+    encoder = ours(library)
+    assert encoder.encode(text, allowed_special="all") == library.encode(text).ids
+    assert encoder.encode(text) == theirs().encode(text).ids
 
 
-def test_a_file_without_endoftext_says_that_there_is_none(tmp_path):
-    made = Tokenizer(models.BPE({token: id for id, token in enumerate(TOKENS[:-1])}, MERGES))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert get_encoder("", tmp_path).endoftext == []
+NAMES = st.text("ab<> é", min_size=1, max_size=4)
 
 
-def test_special_tokens_may_come_first_as_where_the_vocabulary_was_learnt_anew(tmp_path):
-    tokens = ["<début>", "a b", *TOKENS]
-    made = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, MERGES))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens(["<début>", "a b", "<|endoftext|>"])
-    made.save(str(tmp_path / "tokenizer.json"))
-    encoder = get_encoder("", tmp_path)
-    assert encoder.encode(" the day") == made.encode(" the day").ids
+@given(ways=st.dictionaries(NAMES, st.tuples(st.booleans(), st.booleans())), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_allowed_tokens_have_the_ids_of_tokenizers(ways, data, theirs, ours):
+    tokens = {t: AddedToken(t, special=s, normalized=n) for t, (s, n) in ways.items()}
+    library = theirs(added=tokens.values())
+    encoder, parts = ours(library), st.sampled_from([*tokens, *"ab<> é"])
+    text = "".join(data.draw(st.lists(parts)))
+    assert encoder.encode(text, allowed_special="all") == library.encode(text).ids
+    allowed = data.draw(st.sets(parts))
+    some = [token for name, token in tokens.items() if name in allowed]
+    ids = theirs(added=some, vocabulary=library.get_vocab()).encode(text).ids
+    assert encoder.encode(text, allowed_special=allowed) == ids
+    assert encoder.encode(text, allowed_special=[*allowed, "none"]) == ids
+
+
+def test_added_tokens_decode_to_their_text(theirs, ours):
+    library = theirs(["<|endoftext|>", AddedToken("two words, é", normalized=True)], ["Ġ", "日本 "])
+    encoder = ours(library)
+    assert len(encoder.encoder) == library.get_vocab_size() == 302
+    for content in ("<|endoftext|>", "two words, é", "日本 "):
+        assert encoder.decode([THE, library.token_to_id(content)]) == f" the{content}"
+
+
+def test_special_tokens_may_come_first_in_the_vocabulary(theirs, ours):
+    names = ["<début>", "a b"]
+    vocabulary = {token: id for id, token in enumerate([*names, *TOKENS])}
+    library = theirs([*names, "<|endoftext|>"], vocabulary=vocabulary)
+    encoder, text = ours(library), "<début> the daya b<|endoftext|>"
+    assert encoder.encode(text, allowed_special="all") == library.encode(text).ids
+    assert encoder.encode(" the day") == library.encode(" the day").ids
     assert encoder.decode([0, 1]) == "<début>a b"
 
 
-def test_a_token_of_the_vocabulary_may_be_named_among_the_added_ones(theirs, tmp_path):
-    theirs.add_tokens(["Rome"])
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    encoder = get_encoder("", tmp_path)
-    assert len(encoder.encoder) == 303
-    assert encoder.encode("Rome") == [theirs.token_to_id("Rome")] == theirs.encode("Rome").ids
+@pytest.fixture
+def trained():
+    """A tokenizer trained as in Hugging Face's course, which knows only the bytes it has seen."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>", "<pad>", "one more"]
+    trainer = trainers.BpeTrainer(vocab_size=50, special_tokens=special, show_progress=False)
+    made.train_from_iterator(["the heroes of the day © heard the other one"] * 3, trainer)
+    return made
+
+
+def test_a_trained_tokenizer_without_all_bytes_is_read(trained, ours):
+    encoder, text = ours(trained), "the hero<pad> heard© one more<|endoftext|>day"
+    assert encoder.encode(text, allowed_special="all") == trained.encode(text).ids
+    assert encoder.encode("the other day") == trained.encode("the other day").ids
+    assert trained.token_to_id("<|endoftext|>") == 0
+    assert encoder.decode([0, 2, trained.token_to_id("©")]) == "<|endoftext|>one more\ufffd"
+
+
+@pytest.mark.parametrize("text, byte", [("the Zoo", "0x5a"), ("the é", "0xc3")])
+def test_a_byte_without_a_token_is_refused_by_name(text, byte, trained, ours):
+    with pytest.raises(ValueError, match=rf"\b{byte}\b"):
+        ours(trained).encode(text)
 
 
 @pytest.fixture
-def rewritten(theirs, tmp_path):
-    """Read the file after a change to what is in it."""
-
-    def rewritten(change):
-        content = json.loads(theirs.to_str())
-        changed = change(content)
-        (tmp_path / "tokenizer.json").write_text(json.dumps(changed or content), "utf-8")
-        return get_encoder(tmp_path.name, tmp_path.parent)
-
-    return rewritten
+def content(theirs):
+    """What the file of a tokenizer of that library holds."""
+    return json.loads(theirs(["<|endoftext|>", "[PAD]", "<s>"]).to_str())
 
 
-def strings(content):
-    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-
-
-def lists(content):
+@pytest.mark.parametrize("text", STRINGS)
+def test_older_and_newer_ways_to_write_it_are_read_alike(text, content, theirs, ours):
+    ids = theirs(["<|endoftext|>", "[PAD]", "<s>"]).encode(text).ids
     content["model"]["merges"] = [[*pair] for pair in MERGES]
+    assert ours(content).encode(text, allowed_special="all") == ids
+    content["model"] = {"vocab": VOCABULARY, "merges": [" ".join(pair) for pair in MERGES]}
+    del content["pre_tokenizer"]["use_regex"]
+    assert ours(content).encode(text, allowed_special="all") == ids
 
 
-def as_the_hubs_gpt2(content):
-    """As the file of the hub's `gpt2` is: without what came into the format later."""
-    strings(content)
-    for part, fields in {
-        "model": ("type", "byte_fallback", "ignore_merges"),
-        "pre_tokenizer": ("use_regex",),
-    }.items():
-        for field in fields:
-            content[part].pop(field, None)
-
-
-@pytest.mark.parametrize("change", [strings, lists, as_the_hubs_gpt2])
-def test_older_and_newer_ways_to_write_it_are_read_alike(change, rewritten, theirs):
-    encoder = rewritten(change)
-    for text in STRINGS[:-1]:
-        assert encoder.encode(text) == theirs.encode(text).ids
-
-
-def test_it_comes_before_the_files_of_older_layouts(rewritten, tmp_path):
+def test_it_comes_before_the_files_of_older_layouts(content, tmp_path):
     write_vocabulary(tmp_path)
     write_vocabulary(tmp_path, "vocab.json", "merges.txt")
-    assert len(rewritten(lists).encoder) == 303
-
-
-def put(*path, value):
-    def change(content):
-        for key in path[:-1]:
-            content = content[key]
-        content[path[-1]] = value
-
-    return change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8-sig")
+    assert get_encoder("", tmp_path).decode([301, 300]) == "<s>[PAD]"
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "part, change, message",
     [
-        (put("normalizer", value={"type": "NFC"}), "normalizer must be None"),
-        (put("pre_tokenizer", "add_prefix_space", value=True), "add_prefix_space must be False"),
-        (put("pre_tokenizer", "use_regex", value=False), "use_regex must be True"),
-        (put("pre_tokenizer", "type", value="Whitespace"), "type must be 'ByteLevel'"),
-        (put("pre_tokenizer", value={"type": "Sequence", "pretokenizers": []}), "type must be"),
-        (put("pre_tokenizer", value=None), "is no byte-level BPE"),
-        (put("model", value=None), "is no byte-level BPE"),
-        (put("model", "merges", value=None), "is no byte-level BPE"),
-        (put("model", "merges", value=[1, 2]), "is no byte-level BPE|do not belong together"),
-        (put("model", "merges", 2, value=["h", 1]), "is no byte-level BPE|do not belong together"),
-        (put("model", "merges", 2, value=["h", "e", "r"]), "do not belong together"),
-        (put("model", "merges", 2, value="he"), "do not belong together"),
-        (put("model", "merges", value=[]), "do not belong together"),
-        (put("model", "vocab", value=[["a", 0.5]]), "is no byte-level BPE"),
-        (put("model", "vocab", value={"a": 0}), "does not number its tokens|do not belong"),
-        (put("model", "vocab", "more", value=303), "do not belong together"),
-        (put("model", "vocab", "a", value=0.0), "does not number its tokens"),
-        (put("added_tokens", value=None), "is no byte-level BPE"),
-        (put("added_tokens", value=["<s>"]), "is no byte-level BPE"),
-        (put("added_tokens", 1, "id", value=304), "does not number its tokens"),
-        (put("added_tokens", 1, "id", value=5), "does not number its tokens"),
-        (lambda content: {"version": "1.0"}, "is no byte-level BPE"),
-        (lambda content: [content], "is not a JSON object"),
+        ("pre_tokenizer", {"use_regex": False}, "use_regex must be True"),
+        ("pre_tokenizer", {"type": "Sequence"}, "type must be 'ByteLevel'"),
+        ("pre_tokenizer", None, "is no byte-level BPE"),
+        ("model", None, "is no byte-level BPE"),
+        ("model", {"merges": [["h", 1]]}, "is no byte-level BPE"),
+        ("model", {"merges": [["h", "e", "r"]]}, "do not belong together"),
+        ("model", {"merges": ["he"]}, "do not belong together"),
+        ("model", {"merges": []}, "do not belong together"),
+        ("model", {"vocab": [["a", 0.5]]}, "is no byte-level BPE"),
+        ("model", {"vocab": VOCABULARY | {"a": 64.0}}, "does not number its tokens"),
+        ("added_tokens", ["<s>"], "is no byte-level BPE"),
+        ("added_tokens", [{"id": 301, "content": "[PAD]"}], "does not number its tokens"),
+        ("added_tokens", [{"id": 5, "content": "[PAD]"}], "does not number its tokens"),
     ],
 )
-def test_what_is_not_gpt2s_kind_of_tokenizer_is_refused_by_name(change, message, rewritten):
+def test_a_damaged_tokenizer_json_is_named(part, change, message, content, ours):
+    content[part] = content[part] | change if isinstance(change, dict) else change
     with pytest.raises(ValueError, match=message) as error:
-        rewritten(change)
+        ours(content)
     assert "tokenizer.json" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    "part, value, message",
     [
-        ("normalizer", normalizers.Lowercase()),
-        ("pre_tokenizer", pre_tokenizers.Whitespace()),
-        ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        ("normalizer", normalizers.Lowercase(), "normalizer must be None"),
+        ("pre_tokenizer", pre_tokenizers.Whitespace(), "type must be 'ByteLevel'"),
+        ("pre_tokenizer", pre_tokenizers.ByteLevel(), "add_prefix_space must be False"),
+        ("model", models.WordPiece(VOCABULARY, unk_token="a"), "is no byte-level BPE"),
+        ("model", models.Unigram([("a", 0.0)]), "is no byte-level BPE"),
     ],
 )
-def test_another_tokenizer_of_that_library_is_refused(field, value, theirs, tmp_path):
-    setattr(theirs, field, value)
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: \w+ must be"):
-        get_encoder("", tmp_path)
+def test_another_kind_of_tokenizer_is_refused(part, value, message, theirs, ours):
+    library = theirs()
+    setattr(library, part, value)
+    with pytest.raises(ValueError, match=message):
+        ours(library)

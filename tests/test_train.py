@@ -21,7 +21,7 @@ from utils import build_params, load_encoder_hparams_and_params
 END = "<|endoftext|>"
 FISH = "One fish, two fish, red fish, blue fish.\n"
 VERSE = "O Romeo! why art\nthou, Sweet? Ay: what's\n\nhere, 'tis he; go in, Dame.\nNo more -- no?\n"
-LOSSES = r"loss: (\S+) at first, (\S+) in .*\nHeld-out loss: (\S+) before .*, (\S+) after"
+LOSSES = r"loss: (\S+) at first, (\S+) at the end.\nHeld-out loss: (\S+) before .*, (\S+) after"
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +57,11 @@ def test_any_text_trains_a_model_that_recites_it(train, tmp_path, monkeypatch):
 
 def test_the_saved_folder_has_hugging_faces_layout(small):
     config = json.loads((small / "start" / "config.json").read_text("utf-8"))
-    tensors = load_file(small / "start" / "model.safetensors")
+    weight = load_file(small / "start" / "model.safetensors")["h.0.mlp.c_fc.weight"]
     tokenizer = Tokenizer.from_file(str(small / "start" / "tokenizer.json"))
     encoder, hparams, _ = load_encoder_hparams_and_params("start", str(small))
     assert encoder.special == {END: config["eos_token_id"], "<pad>": hparams["n_vocab"] - 1}
-    assert (config["model_type"], config["vocab_size"]) == ("gpt2", hparams["n_vocab"])
-    assert (len(tensors), tensors["h.0.mlp.c_fc.weight"].shape) == (4 + 12, (16, 64))
+    assert (config["model_type"], weight.shape) == ("gpt2", (16, 64))
     text = f"{FISH} né\n\n  fish 🐟{END}fish<pad>fish"
     ids = encoder.encode(text, allowed_special="all")
     assert tokenizer.encode(text).ids == ids
@@ -102,6 +101,7 @@ def test_a_signal_before_the_first_step_saves_nothing(train, small, tmp_path, mo
         train.main(small / "text.txt", tmp_path / "new", start=small / "start", length=16)
     assert capsys.readouterr().out == "Stopped. Nothing was learnt yet, so nothing was saved.\n"
     assert os.listdir(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_old_model_stays_until_the_new_one_is_complete(train, small, tmp_path):
@@ -109,16 +109,16 @@ def test_the_old_model_stays_until_the_new_one_is_complete(train, small, tmp_pat
     train.save(tmp_path, encoder, hparams, params)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(AttributeError):
-        train.save(tmp_path, encoder, hparams, params | {"wte": "not an array"})
+        train.save(tmp_path, encoder, hparams | {"n_head": 1}, params | {"wte": "not an array"})
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 MISTAKES = [
-    ("", {}, "The text needs more than 40 tokens, but has 1"),
+    ("", {}, "The text needs more than 40 tokens, not 1. Use more text"),
     ("\udcff", {}, "is not UTF-8"),
     (FISH * 40, {"start": "{start}", "length": 33}, "--length must be 32 or less"),
     (FISH, {"start": "{start}", "length": 16}, "last twentieth .* more than 16 tokens"),
-    (FISH * 40, {"model_dir": "{text}/new"}, "text.txt is a file. Choose another folder"),
+    (FISH * 40, {"model_dir": "{text}/new"}, "text.txt: .* Choose another folder"),
     (FISH, {"text_path": "none.txt"}, "none.txt"),
     (FISH, {"start": "124M"}, "--start must be a model's folder, .* There is no .*124M"),
     (FISH, {"steps": "0"}, "MODEL_DIR must be a model's folder, .* There is no .*new"),
@@ -157,11 +157,11 @@ def test_the_losses_are_those_of_gpt2_on_numpy(train, small, tmp_path):
     _, _, params, draw, _, held_out, _ = train.from_start(read_text(small / "text.txt"), **options)
     windows, _ = draw()
     each = [losses(windows, params), losses(held_out, params), losses(held_out, trained)]
-    first, _, *both = map(float, re.search(LOSSES, told).groups())
-    assert [first, *both] == pytest.approx([values.mean() for values in each], abs=1e-3)
-    n_typed = np.array([0, 9, 4])  # typed tokens do not count
-    counted = each[0][np.arange(1, 17) >= n_typed[:, None]]
-    assert train.loss(params, windows, n_typed, 2) == pytest.approx(counted.mean(), abs=1e-3)
+    first, _, before, after = map(float, re.search(LOSSES, told).groups())
+    assert [v.mean() for v in each] == pytest.approx([first, before, after], abs=1e-3)
+    n_typed = np.array([0, 9, 4])
+    learnt = each[0][np.arange(1, 17) >= n_typed[:, None]]  # typed tokens do not count
+    assert train.loss(params, windows, n_typed, 2) == pytest.approx(learnt.mean(), abs=1e-3)
 
 
 def test_windows_begin_like_prompts_and_continue_like_the_text(train):
