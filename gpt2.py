@@ -6,18 +6,18 @@ model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of
 returns logits: scores that say how well each token of the vocabulary would fit next. `generate`
 picks a token by these scores, appends its id, and asks the model again.
 
-Inside the model, each token is a row of numbers. The rows form an array `x` that runs through the
-whole model, the residual stream. At first, a row says which token it is and at which position. Then
-a stack of blocks adds to the rows. In each block, attention adds information from the row itself
-and the rows before it. Then a feed-forward network adds what it computes from each row alone. In
-the end, a row describes the token that should come next. The sizes, with those of OpenAI's 124M:
+Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
+which runs through the model. At first, a row says which token it is and at which position. Then a
+stack of blocks adds to the rows. In each block, attention adds information from the row itself and
+the rows before it. Then a feed-forward network adds what it computes from each row alone. In the
+end, a row describes the next token. The sizes, with those of 124M (124 million parameters):
 
     n_vocab  tokens in the vocabulary                               50,257
     n_ctx    tokens in the longest text it can read, the context    1,024
     n_embd   numbers in the row of a token                          768
     n_layer  blocks                                                 12
-    n_head   attention heads in each block (see `mha`)              12
-    d        numbers in a query, key or value of one head           64, that is n_embd / n_head
+    n_head   attention heads in each block                          12
+    d        numbers in a head's query, key and value (see `mha`)   64, that is n_embd / n_head
     n_seq    tokens that the model reads in this call               as many as `inputs` has
     n_past   tokens that it has read in earlier calls               0 at first
     n_q, n_k queries of this call, keys of this and earlier calls   n_seq, n_past + n_seq
@@ -50,8 +50,8 @@ keeps the keys and values of all tokens read before. After a prompt of seven tok
 
 Each function but `main` needs only NumPy and the functions that it calls. All run on JAX if
 `import jax.numpy as np` takes the place of the line below. JAX compiles, batches and differentiates
-functions that return new arrays and change none in place. All functions up to `gpt2` do so, but
-`mha` writes into the cache. JAX's arrays cannot be written into, so the cache is NumPy's even then.
+functions that return new arrays and change none in place. Without a cache, `gpt2` and those that it
+calls do so. With one, `mha` writes into it. JAX's arrays forbid that, so the cache is NumPy's then.
 """
 
 import numpy as np
@@ -129,8 +129,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     The shapes are `q` `[..., n_q, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_q, n_k]`. A score is
-    a sum of d products. Some are positive and some negative, so the sum grows with the root of d
-    only. Without a division by that root, one key would often get almost all the weight.
+    a sum of d products. Some are positive and some negative, so its size grows as the root of d.
+    Without a division by it, `exp` in softmax would often give one key almost all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v
@@ -146,7 +146,7 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. It begins with the keys
     and values of earlier tokens, and `mha` writes those of `x` into the rest. The earlier ones stay
-    valid, because in every layer a row depends on its own token and the ones before it alone.
+    valid, because in every layer the mask lets a row depend on its own and earlier tokens only.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -155,8 +155,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
         kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
         k, v = kv  # [n_head, n_k, d] each
     # `np.tri` gives each query a row: 1 for every key up to its own, those of the past included,
-    # then 0. Minus 1 and times 1e10, 1 becomes 0, and 0 becomes -1e10, as in OpenAI's code. So
-    # later keys get no weight. An infinite factor would not do: 0 * infinity is NaN.
+    # then 0. The mask has (1 - 1) * 1e10 = 0 and (0 - 1) * 1e10 = -1e10, as in OpenAI's code, so
+    # that later keys get no weight. An infinite factor would not do: 0 * infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)
@@ -166,9 +166,9 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient flows back through the sums to the first block, and sums do not weaken it. So each
-    part normalises its own input only. To normalise the sum, as in GPT-1, would rescale all of `x`
-    in every block, and with `x` the gradient.
+    the gradient (how each number should change) flows back to the first block, and sums do not
+    weaken it. A norm of `x` itself, as in GPT-1, would rescale `x` and the gradient in every block.
+    So attention and `ffn` each get a normalised copy, and `x` is only added to.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -180,9 +180,10 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Attention compares what two rows contain,
     not where they are. So each row gets a row of `wpe` `[n_ctx, n_embd]` added for its position.
 
-    The blocks make some rows larger than others, and `ln_f` brings all to one scale. Then a row
-    describes the next token, and its dot product with a row of `wte` is the logit of that token.
-    `wte` may serve at both ends: a token means the same when it is read and when it is predicted.
+    The blocks make some rows larger than others, which would make their logits more extreme, so
+    `ln_f` brings all rows to one scale. Then a row describes the next token, and its dot product
+    with a row of `wte` is the logit of that token. `wte` may serve at both ends, because a token
+    means the same when it is read and when it is predicted.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. Its fourth axis,
     less the length of `inputs`, is `n_past`. With a cache, only the last row of logits comes back,
@@ -192,8 +193,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # To batch, JAX passes placeholders as ids. They cannot index a NumPy `wte`, but JAX's own
-    # `np.take` accepts them. It refuses lists of ids, hence `np.asarray`.
+    # When JAX batches, `inputs` is a placeholder. It cannot index a NumPy `wte`, but the `take` of
+    # JAX accepts it. That `take` refuses lists, so `np.asarray` makes an array of them first.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -219,8 +220,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64, for long sums
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # The probabilities lie end to end on a line, and a random point falls on one of them. The point
-    # can be at 0 but not at the end. So a point on a border belongs to the id after it: hence `>`.
+    # The probabilities lie end to end on a line, and a random point falls on one of them. Each has
+    # its start but not its end, since `random()` can be 0 but never 1. Hence `>` and not `>=`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -232,7 +233,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     1,024 tokens takes 72 MiB: 12 layers x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
 
     Raises ValueError if the prompt is empty or has an id without a row in `wte`, or if the context
-    has no room for the new tokens. A generator starts, and raises, when you ask for its first id.
+    has no room, or the number is below 0. A generator raises only when you ask for its first id.
     """
     from numpy import empty  # not JAX's, whose arrays cannot be written into
 
@@ -283,7 +284,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens count; "" has a start
+    inputs = encoder.encode(prompt, "all") or encoder.bos  # "all": special tokens too
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []

@@ -472,7 +472,10 @@ def command_line(main):
         status = f"Standard input is not {error.encoding}: {error.reason}"
     except (MemoryError, OSError, ValueError) as error:
         status = str(error) or "There is not enough memory."
-        if "prompt" in parameters and len(sys.argv) > 2 and not sys.argv[2].startswith("-"):
+        name = status.split(" ")[0]
+        by_flag = any(word.replace("-", "_").startswith(f"__{name}") for word in sys.argv)
+        stray = re.match("Could not consume arg: [^-]", status)
+        if "prompt" in parameters and (stray or (name in parameters and not by_flag)):
             status += "\nIf the prompt has several words, put it in quotes."
     try:
         print(end="\n" if any(shown) else "", flush=True)
@@ -506,7 +509,7 @@ def read_arguments(main):
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
         raise ValueError(f"{fault}\nSee python {sys.argv[0]} --help.") from None
-    if options[0].name == "prompt":
+    if "prompt" in signature.parameters:
         typed["prompt"] = read_prompt(typed.get("prompt"))
     return typed
 
@@ -518,7 +521,7 @@ def read_prompt(prompt):
         prompt = sys.stdin.read().removesuffix("\n")
     if left_out and not prompt:
         raise ValueError(f"There is no prompt. See python {sys.argv[0]} --help.")
-    prompt = prompt.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    prompt = re.sub("\r\n?", "\n", prompt.removeprefix("\ufeff").removesuffix("\r"))
     if prompt.endswith(" "):
         advice = "GPT-2's words begin with their space, so better leave it out."
         print(f"The prompt ends in a space. {advice}", file=sys.stderr)

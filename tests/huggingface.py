@@ -3,16 +3,20 @@
     pip install torch transformers
     python tests/huggingface.py
 
-It writes `huggingface.npz`, logits of small random models and the probabilities that sampling
-leaves, and `huggingface.json`, the folder that `save_pretrained` makes of one of these models and
-the texts of the bundled one; so running the tests asks for neither of the two. After the bundled
-model is trained anew, run it again. What is there now comes from transformers 5.23 on PyTorch 2.13,
-CPU, float32.
+Running the tests asks for neither of the two. The script writes:
+
+    huggingface.npz   the logits of small random models, and the probabilities that sampling leaves
+    huggingface.json  what `save_pretrained` makes of one of these models, the texts of the bundled
+                      model, where they end, and the perplexity of a text
+    checkpoint/       that one model in OpenAI's layout, as TensorFlow's Saver writes it
+
+After the bundled model is trained anew, run it again. What is there now comes from transformers
+5.24 on PyTorch 2.13, CPU, float32, and from TensorFlow 2.21.
 """
 
 import hashlib
 import json
-import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,11 +25,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import build_params
+from conftest import write_vocabulary
+
+from utils import build_params, huggingface_name
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "1M"
 RECORDED = Path(__file__).with_suffix(".npz")
 WRITTEN = Path(__file__).with_suffix(".json")
+CHECKPOINT = Path(__file__).with_name("checkpoint")
 FIELDS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 SAVED = (300, 16, 12, 3, 2, 16)  # the model whose folder is recorded: it has room for 256 bytes
 MODELS = [  # the five fields, and how many tokens go in
@@ -59,6 +66,16 @@ PROMPTS = [
     "The",
     "café 日本 42",
 ]
+NEWLINE, COMMA, COLON, NO_TOKEN = 198, 11, 25, 50256  # ids in the bundled model, but for the last
+ENDS = [  # changes of config.json, and a generation_config.json if there is one
+    ({}, None),
+    ({"eos_token_id": NEWLINE, "bos_token_id": COLON}, None),
+    ({"eos_token_id": [COMMA, NEWLINE]}, None),
+    ({"eos_token_id": NEWLINE}, {"eos_token_id": COMMA, "bos_token_id": 1023}),
+    ({"eos_token_id": NEWLINE}, {"eos_token_id": [COLON, NO_TOKEN], "bos_token_id": 1023}),
+]
+TEXT = "But, soft! what light through yonder window breaks?\n"
+TEXT += "It is the east, and Juliet is the sun."
 
 
 def random_model(*fields, n_seq):
@@ -76,12 +93,32 @@ def random_model(*fields, n_seq):
 
 def in_hugging_faces_names(by_name):
     """Rename the parameters: h0/ln_1/g is transformer.h.0.ln_1.weight there."""
-    renamed = {}
-    for name, tensor in by_name.items():
-        *path, last = re.sub(r"^h(\d+)", r"h/\1", name).split("/")
-        last = {"g": "weight", "w": "weight", "b": "bias"}.get(last, f"{last}.weight")
-        renamed[".".join(["transformer", *path, last])] = tensor
-    return renamed
+    return {f"transformer.{huggingface_name(name)}": tensor for name, tensor in by_name.items()}
+
+
+def in_openais_names(by_name):
+    """Rename the parameters: h0/ln_1/g is model/h0/ln_1/g there. Matrices get an axis of 1."""
+    return {f"model/{name}": t[None] if name.endswith("/w") else t for name, t in by_name.items()}
+
+
+def save(folder, tensors, sharded=False, partitioner=None, adam=False):
+    """Let TensorFlow save these tensors: in two files, in partitions, or with Adam's beside them.
+
+    Adam makes a step before they are saved.
+    """
+    import tensorflow.compat.v1 as tf
+
+    options = tf.ConfigProto(device_count={"CPU": 2})
+    with tf.Graph().as_default(), tf.Session(config=options) as session:
+        for i, (name, tensor) in enumerate(tensors.items()):
+            with tf.device(f"/cpu:{i % 2 if sharded else 0}"):
+                tf.get_variable(name, initializer=tensor, partitioner=partitioner)
+        loss = tf.add_n([tf.reduce_sum(v**2) for v in tf.trainable_variables()]) if adam else None
+        step = tf.train.AdamOptimizer().minimize(loss) if adam else tf.no_op()
+        session.run(tf.global_variables_initializer())
+        session.run(step)
+        saver = tf.train.Saver(sharded=sharded, save_relative_paths=True)
+        saver.save(session, str(folder / "model.ckpt"), write_meta_graph=False)
 
 
 def load(hparams, by_name):
@@ -126,21 +163,51 @@ def saved(model):
     return {"config": config, "weights": sorted(weights)}
 
 
-def texts(folder):
-    """Let Hugging Face open a folder, and go on from each prompt with 40 greedy tokens."""
+def opened(folder):
+    """Let Hugging Face open a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = (
-        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
-    model.generation_config.eos_token_id = None  # `generate` does not end there either
-    written = {}
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    kinds = (AutoModelForCausalLM, AutoTokenizer)
+    return [kind.from_pretrained(folder) for kind in kinds]
+
+
+def texts(folder, prompts):
+    """Let Hugging Face go on from each prompt with 40 greedy tokens, or up to the end."""
+    model, tokenizer = opened(folder)
+    ends, written = model.generation_config.eos_token_id, {}
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt") if prompt else {}
         ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=0)[0]
-        new = ids[inputs["input_ids"].shape[1] :]
+        new = ids[inputs["input_ids"].shape[1] if prompt else 1 :].tolist()
+        new = new[:-1] if new[-1] in (ends if isinstance(ends, list) else [ends]) else new
         written[prompt] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
     return written
+
+
+def copy_of_the_bundled_model(folder, config, generation_config):
+    """Copy it, with changes of `config.json` and with a `generation_config.json` beside it."""
+    shutil.copytree(BUNDLED, folder)
+    changed = json.loads((BUNDLED / "config.json").read_text("utf-8")) | config
+    (folder / "config.json").write_text(json.dumps(changed), "utf-8")
+    if generation_config:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(generation_config), "utf-8")
+    return folder
+
+
+def ends():
+    """Let Hugging Face write the texts of the bundled model up to each of these ends."""
+    for changes in ENDS:
+        with tempfile.TemporaryDirectory() as folder:
+            model = copy_of_the_bundled_model(Path(folder, "copy"), *changes)
+            yield texts(model, ["ROMEO:", "The", ""])
+
+
+def perplexity(folder, text):
+    """Let Hugging Face compute how many tokens the model wavers between on average."""
+    model, tokenizer = opened(folder)
+    inputs = tokenizer(text, return_tensors="pt")
+    return float(model(**inputs, labels=inputs["input_ids"]).loss.exp())
 
 
 def sha256_of_the_bundled_weights():
@@ -154,11 +221,16 @@ if __name__ == "__main__":
         model = load(hparams, by_name)
         recorded[str((*fields, n_seq))] = logits(model, ids)
         if (*fields, n_seq) == SAVED:
-            folder = saved(model)
+            written = saved(model)
+            CHECKPOINT.mkdir(exist_ok=True)
+            save(CHECKPOINT, in_openais_names(by_name))
+            write_vocabulary(CHECKPOINT)
+            (CHECKPOINT / "hparams.json").write_text(json.dumps(hparams))
     scores = np.random.RandomState(0).normal(0, 3, (3, 50)).astype(np.float32)
     recorded["warped from"] = scores
     recorded |= {f"warped {warp}": warped(scores, *warp) for warp in WARPS}
     np.savez_compressed(RECORDED, **recorded)
-    texts_of_1m = {"texts": texts(BUNDLED), "of weights": sha256_of_the_bundled_weights()}
-    written = json.dumps(folder | texts_of_1m, indent=1, ensure_ascii=False)
-    WRITTEN.write_text(written + "\n", "utf-8")
+    written |= {"texts": texts(BUNDLED, PROMPTS), "ends": [*ends()]}
+    written |= {"perplexity": perplexity(BUNDLED, TEXT)}
+    written |= {"of weights": sha256_of_the_bundled_weights()}
+    WRITTEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", "utf-8")

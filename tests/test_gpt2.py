@@ -329,8 +329,7 @@ def test_limits_out_of_range_are_an_error(limits):
 
 
 def test_zero_tokens_are_an_empty_list(small):
-    params, n_head, ids = small
-    assert generate(ids, params, n_head, 0) == []
+    assert generate(small[2], *small[:2], 0) == []
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
