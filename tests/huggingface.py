@@ -35,40 +35,22 @@ WRITTEN = Path(__file__).with_suffix(".json")
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 FIELDS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 SAVED = (300, 16, 12, 3, 2, 16)  # the model whose folder is recorded: it has room for 256 bytes
-MODELS = [  # the five fields, and how many tokens go in
+# The five fields, and how many tokens go in.
+MODELS = [
     (17, 8, 4, 1, 1, 1),
     (50, 16, 10, 5, 4, 1),
     (40, 16, 12, 3, 2, 16),
     (97, 32, 32, 4, 3, 20),
-    (64, 64, 48, 12, 2, 64),
-    (128, 40, 24, 2, 6, 39),
-    SAVED,
 ]
-WARPS = [  # temperature, top_k (None for all) and top_p
-    (1.0, None, 1.0),
-    (0.7, None, 1.0),
-    (2.5, None, 1.0),
-    (1.0, 1, 1.0),
-    (1.0, 5, 1.0),
-    (1.0, 1000, 1.0),
-    (1.0, None, 0.9),
-    (1.0, None, 0.3),
-    (1.0, None, 0.0),
-    (0.8, 40, 0.95),
-    (1.5, 10, 0.5),
-    (0.1, 3, 0.99),
-]
-PROMPTS = [
-    "But, soft! what light through yonder window breaks?",
-    "O Romeo, Romeo! wherefore art thou Romeo?",
-    "JULIET:\nWhat's in a name?",
-    "ROMEO:",
-    "The",
-    "café 日本 42",
-]
+MODELS += [(64, 64, 48, 12, 2, 64), (128, 40, 24, 2, 6, 39), SAVED]
+# Temperature, top_k (None for all) and top_p.
+WARPS = [(1.0, None, 1.0), (0.7, None, 1.0), (2.5, None, 1.0), (1.0, 1, 1.0), (1.0, 5, 1.0)]
+WARPS += [(1.0, 1000, 1.0), (1.0, None, 0.9), (1.0, None, 0.3), (1.0, None, 0.0)]
+WARPS += [(0.8, 40, 0.95), (1.5, 10, 0.5), (0.1, 3, 0.99)]
+PROMPTS = ["But, soft! what light through yonder window breaks?", "JULIET:\nWhat's in a name?", ""]
+PROMPTS += ["O Romeo, Romeo! wherefore art thou Romeo?", "ROMEO:", "The", "café 日本 42"]
 NEWLINE, COMMA, COLON, NO_TOKEN = 198, 11, 25, 50256  # ids in the bundled model, but for the last
 ENDS = [  # changes of config.json, and a generation_config.json if there is one
-    ({}, None),
     ({"eos_token_id": NEWLINE, "bos_token_id": COLON}, None),
     ({"eos_token_id": [COMMA, NEWLINE]}, None),
     ({"eos_token_id": NEWLINE}, {"eos_token_id": COMMA, "bos_token_id": 1023}),
@@ -167,15 +149,14 @@ def opened(folder):
     """Let Hugging Face open a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kinds = (AutoModelForCausalLM, AutoTokenizer)
-    return [kind.from_pretrained(folder) for kind in kinds]
+    return [kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)]
 
 
-def texts(folder, prompts):
+def texts(folder):
     """Let Hugging Face go on from each prompt with 40 greedy tokens, or up to the end."""
     model, tokenizer = opened(folder)
     ends, written = model.generation_config.eos_token_id, {}
-    for prompt in prompts:
+    for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt") if prompt else {}
         ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=0)[0]
         new = ids[inputs["input_ids"].shape[1] if prompt else 1 :].tolist()
@@ -184,30 +165,20 @@ def texts(folder, prompts):
     return written
 
 
-def copy_of_the_bundled_model(folder, config, generation_config):
-    """Copy it, with changes of `config.json` and with a `generation_config.json` beside it."""
-    shutil.copytree(BUNDLED, folder)
-    changed = json.loads((BUNDLED / "config.json").read_text("utf-8")) | config
-    (folder / "config.json").write_text(json.dumps(changed), "utf-8")
+def change_the_bundled_model(folder, config, generation_config):
+    """Copy it into a folder with other fields, and perhaps with a `generation_config.json`."""
+    shutil.copytree(BUNDLED, folder, dirs_exist_ok=True)
+    config = json.loads((BUNDLED / "config.json").read_text("utf-8")) | config
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     if generation_config:
-        path = folder / "generation_config.json"
-        path.write_text(json.dumps(generation_config), "utf-8")
-    return folder
-
-
-def ends():
-    """Let Hugging Face write the texts of the bundled model up to each of these ends."""
-    for changes in ENDS:
-        with tempfile.TemporaryDirectory() as folder:
-            model = copy_of_the_bundled_model(Path(folder, "copy"), *changes)
-            yield texts(model, ["ROMEO:", "The", ""])
+        (folder / "generation_config.json").write_text(json.dumps(generation_config), "utf-8")
 
 
 def perplexity(folder, text):
-    """Let Hugging Face compute how many tokens the model wavers between on average."""
+    """Let Hugging Face compute the perplexity of a text: `exp` of the mean loss of its tokens."""
     model, tokenizer = opened(folder)
     inputs = tokenizer(text, return_tensors="pt")
-    return float(model(**inputs, labels=inputs["input_ids"]).loss.exp())
+    return model(**inputs, labels=inputs["input_ids"]).loss.exp().item()
 
 
 def sha256_of_the_bundled_weights():
@@ -230,7 +201,11 @@ if __name__ == "__main__":
     recorded["warped from"] = scores
     recorded |= {f"warped {warp}": warped(scores, *warp) for warp in WARPS}
     np.savez_compressed(RECORDED, **recorded)
-    written |= {"texts": texts(BUNDLED, PROMPTS), "ends": [*ends()]}
-    written |= {"perplexity": perplexity(BUNDLED, TEXT)}
-    written |= {"of weights": sha256_of_the_bundled_weights()}
+    written |= {"texts": texts(BUNDLED), "ends": []}
+    for changes in ENDS:
+        with tempfile.TemporaryDirectory() as folder:
+            change_the_bundled_model(Path(folder), *changes)
+            written["ends"].append(texts(folder))
+    written["perplexity"] = perplexity(BUNDLED, TEXT)
+    written["of weights"] = sha256_of_the_bundled_weights()
     WRITTEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -115,9 +115,10 @@ def has(folder, server, names=utils.FILES):
 
 
 @pytest.mark.parametrize("size", utils.SIZES)
-def test_six_files_are_asked_for_once_and_never_again(size, server, tmp_path):
+def test_six_files_are_asked_for_once_and_never_again(size, server, tmp_path, capsys):
     for _ in range(2):
         download(tmp_path / size, size)
+    assert capsys.readouterr().err.count("Downloading") == 1
     assert has(tmp_path / size, server)
     order = ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index", DATA]
     assert server.log == [(f"/{size}/{n}", None, len(server.content[n])) for n in order]

@@ -54,7 +54,6 @@ def both(request):
 @pytest.mark.parametrize("text", STRINGS)
 def test_ids_are_those_of_tiktoken_and_decode_to_the_text(both, text):
     ours, theirs = both
-    ours.encode(text).clear()  # the list belongs to the caller
     assert ours.encode(text) == theirs.encode_ordinary(text)
     assert ours.decode(ours.encode(text)) == text
 
@@ -225,7 +224,7 @@ CONTENT = {"content": "user:", "lstrip": False, "normalized": False, "special": 
         ("special_tokens_map.json", {"pad_token": CONTENT, "bos_token": "<|endoftext|>"}),
         ("special_tokens_map.json", {"additional_special_tokens": ["<s>", "user:"]}),
         ("special_tokens_map.json", {"additional_special_tokens": [CONTENT]}),
-        ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "model_max": 9}),
+        ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "name": "he"}),
         ("tokenizer_config.json", {"sep_token": {"__type": "AddedToken"} | CONTENT}),
         ("tokenizer_config.json", {"extra_special_tokens": {"user_token": "user:"}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"300": CONTENT}}),
@@ -282,10 +281,12 @@ def test_any_allowed_tokens_have_the_ids_of_tokenizers(ways, data):
 
 
 def test_added_tokens_decode_to_their_text():
-    library = theirs(["<|endoftext|>", AddedToken("two words, é", normalized=True)], ["Ġ", "日本 "])
+    library = theirs(
+        ["<|endoftext|>", AddedToken("two words, é", normalized=True)], ["Ã©", "日本 "]
+    )
     encoder = ours(library)
-    assert len(encoder.encoder) == library.get_vocab_size() == 302
-    for content in ("<|endoftext|>", "two words, é", "日本 "):
+    assert len(encoder.encoder) == library.get_vocab_size() == 303
+    for content in ("<|endoftext|>", "two words, é", "Ã©", "日本 "):
         assert encoder.decode([THE, library.token_to_id(content)]) == f" the{content}"
 
 
@@ -331,8 +332,8 @@ def test_older_and_newer_ways_to_write_it_are_read_alike(text):
         ("pre_tokenizer", {"use_regex": False}, "use_regex must be True"),
         ("pre_tokenizer", None, "is no byte-level BPE"),
         ("model", {"merges": [["h", 1]]}, "is no byte-level BPE"),
-        ("model", {"merges": [["h", "e", "r"]]}, "do not belong together"),
-        ("model", {"merges": ["he"]}, "do not belong together"),
+        ("model", {"merges": [*MERGES, ("R", "o", "me")]}, "do not belong together"),
+        ("model", {"merges": [*MERGES, ("q", "q")]}, "do not belong together"),
         ("model", {"vocab": [["a", 0.5]]}, "is no byte-level BPE"),
         ("model", {"vocab": VOCABULARY | {"a": 64.0}}, "does not number its tokens"),
         ("added_tokens", ["<s>"], "is no byte-level BPE"),
