@@ -399,7 +399,7 @@ def fetch(url, path):
                     continue
                 response.raise_for_status()
                 start = start if response.status_code == 206 else 0
-                file.truncate(start)
+                file.truncate(file.seek(start))
                 total = start + (response.raw.length_remaining or 0)
                 with tqdm.wrapattr(file, "write", total, desc=path.name, initial=start) as out:
                     while chunk := response.raw.read1(1 << 16):
@@ -407,9 +407,12 @@ def fetch(url, path):
                 break
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 if file.tell() <= size:
-                    cause = str(error).rsplit(": ", 1)[-1].strip("\"')")
+                    noise = r".*\(Caused by |.*: (?=\[)| for url: .*"
+                    cause = re.sub(noise, "", str(error)).strip("\"')")
                     advice = "Run again to go on from what came. --model_size 1M needs no network."
                     raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
+            except OSError as error:
+                raise OSError(f"{part} cannot be written: {error}") from None
     try:
         check_download(part)
     except ValueError as error:

@@ -27,22 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import write_vocabulary
 
-from utils import build_params, huggingface_name
+from utils import HPARAMS, build_params, huggingface_name
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "1M"
 RECORDED = Path(__file__).with_suffix(".npz")
 WRITTEN = Path(__file__).with_suffix(".json")
 CHECKPOINT = Path(__file__).with_name("checkpoint")
-FIELDS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 SAVED = (300, 16, 12, 3, 2, 16)  # the model whose folder is recorded: it has room for 256 bytes
-# The five fields, and how many tokens go in.
-MODELS = [
-    (17, 8, 4, 1, 1, 1),
-    (50, 16, 10, 5, 4, 1),
-    (40, 16, 12, 3, 2, 16),
-    (97, 32, 32, 4, 3, 20),
-]
-MODELS += [(64, 64, 48, 12, 2, 64), (128, 40, 24, 2, 6, 39), SAVED]
+# The five sizes of each model, and how many tokens go in.
+MODELS = [(17, 8, 4, 1, 1, 1), (50, 16, 10, 5, 4, 1), (40, 16, 12, 3, 2, 16)]
+MODELS += [(97, 32, 32, 4, 3, 20), (64, 64, 48, 12, 2, 64), (128, 40, 24, 2, 6, 39), SAVED]
 # Temperature, top_k (None for all) and top_p.
 WARPS = [(1.0, None, 1.0), (0.7, None, 1.0), (2.5, None, 1.0), (1.0, 1, 1.0), (1.0, 5, 1.0)]
 WARPS += [(1.0, 1000, 1.0), (1.0, None, 0.9), (1.0, None, 0.3), (1.0, None, 0.0)]
@@ -50,19 +44,18 @@ WARPS += [(0.8, 40, 0.95), (1.5, 10, 0.5), (0.1, 3, 0.99)]
 PROMPTS = ["But, soft! what light through yonder window breaks?", "JULIET:\nWhat's in a name?", ""]
 PROMPTS += ["O Romeo, Romeo! wherefore art thou Romeo?", "ROMEO:", "The", "café 日本 42"]
 NEWLINE, COMMA, COLON, NO_TOKEN = 198, 11, 25, 50256  # ids in the bundled model, but for the last
-ENDS = [  # changes of config.json, and a generation_config.json if there is one
-    ({"eos_token_id": NEWLINE, "bos_token_id": COLON}, None),
-    ({"eos_token_id": [COMMA, NEWLINE]}, None),
-    ({"eos_token_id": NEWLINE}, {"eos_token_id": COMMA, "bos_token_id": 1023}),
-    ({"eos_token_id": NEWLINE}, {"eos_token_id": [COLON, NO_TOKEN], "bos_token_id": 1023}),
+ENDS = [  # other fields of the bundled model
+    {"config.json": {"eos_token_id": NEWLINE, "bos_token_id": COLON}},
+    {"config.json": {"eos_token_id": [COMMA, NEWLINE]}},
+    {"generation_config.json": {"eos_token_id": COMMA, "bos_token_id": 1023}},
+    {"generation_config.json": {"eos_token_id": [COLON, NO_TOKEN], "bos_token_id": 1023}},
 ]
-TEXT = "But, soft! what light through yonder window breaks?\n"
-TEXT += "It is the east, and Juliet is the sun."
+TEXT = PROMPTS[0] + "\nIt is the east, and Juliet is the sun."
 
 
 def random_model(*fields, n_seq):
     """Return hparams, parameters, the same by name, and ids, all the same on every machine."""
-    hparams = dict(zip(FIELDS, fields, strict=True))
+    hparams = dict(zip(HPARAMS, fields, strict=True))
     random, by_name = np.random.RandomState(sum(fields)), {}  # this generator's stream is frozen
 
     def leaf(name, *shape):
@@ -78,25 +71,17 @@ def in_hugging_faces_names(by_name):
     return {f"transformer.{huggingface_name(name)}": tensor for name, tensor in by_name.items()}
 
 
-def in_openais_names(by_name):
-    """Rename the parameters: h0/ln_1/g is model/h0/ln_1/g there. Matrices get an axis of 1."""
-    return {f"model/{name}": t[None] if name.endswith("/w") else t for name, t in by_name.items()}
-
-
-def save(folder, tensors, sharded=False, partitioner=None, adam=False):
-    """Let TensorFlow save these tensors: in two files, in partitions, or with Adam's beside them.
-
-    Adam makes a step before they are saved.
-    """
+def save(folder, by_name, step=None, partitioner=None, sharded=False):
+    """Let TensorFlow save parameters, after a step of training, in partitions or in two files."""
     import tensorflow.compat.v1 as tf
 
     options = tf.ConfigProto(device_count={"CPU": 2})
     with tf.Graph().as_default(), tf.Session(config=options) as session:
-        for i, (name, tensor) in enumerate(tensors.items()):
+        for i, (name, tensor) in enumerate(by_name.items()):
+            tensor = tensor[None] if name.endswith("/w") else tensor  # as in OpenAI's files
             with tf.device(f"/cpu:{i % 2 if sharded else 0}"):
-                tf.get_variable(name, initializer=tensor, partitioner=partitioner)
-        loss = tf.add_n([tf.reduce_sum(v**2) for v in tf.trainable_variables()]) if adam else None
-        step = tf.train.AdamOptimizer().minimize(loss) if adam else tf.no_op()
+                tf.get_variable(f"model/{name}", initializer=tensor, partitioner=partitioner)
+        step = step(tf) if step else tf.no_op()
         session.run(tf.global_variables_initializer())
         session.run(step)
         saver = tf.train.Saver(sharded=sharded, save_relative_paths=True)
@@ -119,8 +104,7 @@ def logits(model, ids):
     """Let Hugging Face compute `[n_seq, n_vocab]`."""
     import torch
 
-    with torch.no_grad():
-        return model(torch.tensor(ids)[None]).logits[0].numpy()
+    return model(torch.tensor(ids)[None]).logits[0].detach().numpy()
 
 
 def warped(scores, temperature, top_k, top_p):
@@ -141,8 +125,7 @@ def saved(model):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        weights = load_file(Path(folder, "model.safetensors"))
-    return {"config": config, "weights": sorted(weights)}
+        return {"config": config, "weights": sorted(load_file(Path(folder, "model.safetensors")))}
 
 
 def opened(folder):
@@ -165,20 +148,13 @@ def texts(folder):
     return written
 
 
-def change_the_bundled_model(folder, config, generation_config):
-    """Copy it into a folder with other fields, and perhaps with a `generation_config.json`."""
+def with_fields(folder, files):
+    """Copy the bundled model into a folder, with these fields in its files of JSON."""
     shutil.copytree(BUNDLED, folder, dirs_exist_ok=True)
-    config = json.loads((BUNDLED / "config.json").read_text("utf-8")) | config
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    if generation_config:
-        (folder / "generation_config.json").write_text(json.dumps(generation_config), "utf-8")
-
-
-def perplexity(folder, text):
-    """Let Hugging Face compute the perplexity of a text: `exp` of the mean loss of its tokens."""
-    model, tokenizer = opened(folder)
-    inputs = tokenizer(text, return_tensors="pt")
-    return model(**inputs, labels=inputs["input_ids"]).loss.exp().item()
+    for path, fields in ((Path(folder, name), fields) for name, fields in files.items()):
+        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(old | fields), "utf-8")
+    return Path(folder)
 
 
 def sha256_of_the_bundled_weights():
@@ -194,18 +170,19 @@ if __name__ == "__main__":
         if (*fields, n_seq) == SAVED:
             written = saved(model)
             CHECKPOINT.mkdir(exist_ok=True)
-            save(CHECKPOINT, in_openais_names(by_name))
+            save(CHECKPOINT, by_name)
             write_vocabulary(CHECKPOINT)
-            (CHECKPOINT / "hparams.json").write_text(json.dumps(hparams))
+            (CHECKPOINT / "hparams.json").write_text(json.dumps(hparams), "utf-8")
     scores = np.random.RandomState(0).normal(0, 3, (3, 50)).astype(np.float32)
     recorded["warped from"] = scores
     recorded |= {f"warped {warp}": warped(scores, *warp) for warp in WARPS}
     np.savez_compressed(RECORDED, **recorded)
     written |= {"texts": texts(BUNDLED), "ends": []}
-    for changes in ENDS:
+    for files in ENDS:
         with tempfile.TemporaryDirectory() as folder:
-            change_the_bundled_model(Path(folder), *changes)
-            written["ends"].append(texts(folder))
-    written["perplexity"] = perplexity(BUNDLED, TEXT)
+            written["ends"].append(texts(with_fields(folder, files)))
+    model, tokenizer = opened(BUNDLED)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    written["perplexity"] = model(ids, labels=ids).loss.exp().item()  # of the mean loss
     written["of weights"] = sha256_of_the_bundled_weights()
     WRITTEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", "utf-8")

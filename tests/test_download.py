@@ -208,7 +208,7 @@ def test_a_damaged_file_never_gets_its_name_and_comes_anew(name, fault, size, se
 
 def test_a_killed_process_loses_nothing(server, folder, start):
     server.faults[DATA] = iter(["a half"])
-    server.content[DATA] *= 9  # A half must not fit into the buffer of an open file.
+    server.content[DATA] = server.content[DATA].ljust(1 << 25)  # A half is more than any buffer.
     part, half = folder / f"{DATA}.part", len(server.content[DATA]) // 2
     with start() as process:
         while process.poll() is None and not (part.exists() and part.stat().st_size):
@@ -258,3 +258,18 @@ def test_a_folder_that_cannot_be_written_is_named(server):
         os.chmod(models, 0o755)
         download(Path(models, "355M"))
         assert has(Path(models, "355M"), server)
+
+
+def test_a_line_on_which_nothing_new_comes_is_given_up(server, folder, monkeypatch):
+    def one_byte(self):
+        server.log.append(self.path)
+        self.send_response(206 if len(server.log) < 9 else 404)
+        self.send_header("Content-Length", "9")
+        self.end_headers()
+        self.wfile.write(b"x")
+
+    (folder / f"{DATA}.part").write_bytes(server.content[DATA][:1000])
+    monkeypatch.setattr(Handler, "do_GET", one_byte)
+    with pytest.raises(OSError, match="did not arrive"):
+        download(folder)
+    assert len(server.log) == 1

@@ -224,7 +224,7 @@ CONTENT = {"content": "user:", "lstrip": False, "normalized": False, "special": 
         ("special_tokens_map.json", {"pad_token": CONTENT, "bos_token": "<|endoftext|>"}),
         ("special_tokens_map.json", {"additional_special_tokens": ["<s>", "user:"]}),
         ("special_tokens_map.json", {"additional_special_tokens": [CONTENT]}),
-        ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "name": "he"}),
+        ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "name": "th"}),
         ("tokenizer_config.json", {"sep_token": {"__type": "AddedToken"} | CONTENT}),
         ("tokenizer_config.json", {"extra_special_tokens": {"user_token": "user:"}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"300": CONTENT}}),
