@@ -6,19 +6,18 @@
 Running the tests asks for neither of the two. The script writes:
 
     huggingface.npz   the logits of small random models, and the probabilities that sampling leaves
-    huggingface.json  what `save_pretrained` makes of one of these models, the texts of the bundled
-                      model, where they end, and the perplexity of a text
-    checkpoint/       that one model in OpenAI's layout, as TensorFlow's Saver writes it
+    huggingface.json  one of them as `save_pretrained` writes it, and texts of the bundled model
+    checkpoint/       the same one in OpenAI's layout, as TensorFlow's Saver writes it
 
 After the bundled model is trained anew, run it again. What is there now comes from transformers
 5.24 on PyTorch 2.13, CPU, float32, and from TensorFlow 2.21.
 """
 
-import hashlib
 import json
 import shutil
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +44,8 @@ PROMPTS = ["But, soft! what light through yonder window breaks?", "JULIET:\nWhat
 PROMPTS += ["O Romeo, Romeo! wherefore art thou Romeo?", "ROMEO:", "The", "café 日本 42"]
 NEWLINE, COMMA, COLON, NO_TOKEN = 198, 11, 25, 50256  # ids in the bundled model, but for the last
 ENDS = [  # other fields of the bundled model
-    {"config.json": {"eos_token_id": NEWLINE, "bos_token_id": COLON}},
-    {"config.json": {"eos_token_id": [COMMA, NEWLINE]}},
+    {"config.json": {"eos_token_id": COMMA, "bos_token_id": COLON}},
+    {"config.json": {"eos_token_id": [COLON, NEWLINE]}},
     {"generation_config.json": {"eos_token_id": COMMA, "bos_token_id": 1023}},
     {"generation_config.json": {"eos_token_id": [COLON, NO_TOKEN], "bos_token_id": 1023}},
 ]
@@ -157,10 +156,6 @@ def with_fields(folder, files):
     return Path(folder)
 
 
-def sha256_of_the_bundled_weights():
-    return hashlib.sha256((BUNDLED / "model.safetensors").read_bytes()).hexdigest()
-
-
 if __name__ == "__main__":
     recorded = {}
     for *fields, n_seq in MODELS:
@@ -184,5 +179,5 @@ if __name__ == "__main__":
     model, tokenizer = opened(BUNDLED)
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     written["perplexity"] = model(ids, labels=ids).loss.exp().item()  # of the mean loss
-    written["of weights"] = sha256_of_the_bundled_weights()
+    written["of weights"] = sha256((BUNDLED / "model.safetensors").read_bytes()).hexdigest()
     WRITTEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", "utf-8")
