@@ -70,8 +70,8 @@ def in_hugging_faces_names(by_name):
     return {f"transformer.{huggingface_name(name)}": tensor for name, tensor in by_name.items()}
 
 
-def save(folder, by_name, step=None, partitioner=None, sharded=False):
-    """Let TensorFlow save parameters, after a step of training, in partitions or in two files."""
+def save(folder, by_name, step=None, sharded=False):
+    """Let TensorFlow save parameters: after a step of training, or in two files."""
     import tensorflow.compat.v1 as tf
 
     options = tf.ConfigProto(device_count={"CPU": 2})
@@ -79,7 +79,7 @@ def save(folder, by_name, step=None, partitioner=None, sharded=False):
         for i, (name, tensor) in enumerate(by_name.items()):
             tensor = tensor[None] if name.endswith("/w") else tensor  # as in OpenAI's files
             with tf.device(f"/cpu:{i % 2 if sharded else 0}"):
-                tf.get_variable(f"model/{name}", initializer=tensor, partitioner=partitioner)
+                tf.get_variable(f"model/{name}", initializer=tensor)
         step = step(tf) if step else tf.no_op()
         session.run(tf.global_variables_initializer())
         session.run(step)
