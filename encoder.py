@@ -78,7 +78,7 @@ class Encoder:
         ValueError for a lone surrogate, which has no UTF-8, and for a byte that has no token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
-        names = self.special.keys() & allowed
+        names = (self.special.keys() & allowed) - {""}
         ids = []
         for piece in cut(text, names - self.added):
             for part in [piece] if piece in names else cut(piece, names & self.added):
@@ -88,10 +88,10 @@ class Encoder:
     def encode_ordinary(self, text):
         """Turn text into ids, without a look for special and added tokens."""
         words = regex.findall(PATTERN, text)
-        for word in {*words} - self.cache.keys():
+        for word in {*words}.difference(self.cache):
             parts = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
-            if lost := {*parts} - self.encoder.keys():
-                byte = f"{self.byte_decoder[min(lost)]:#04x}"
+            if lost := [part for part in parts if part not in self.encoder]:
+                byte = f"{self.byte_decoder[lost[0]]:#04x}"
                 raise ValueError(f"the vocabulary has no token for the byte {byte} in {word!r}")
             self.cache[word] = [self.encoder[part] for part in parts]
         return [id for word in words for id in self.cache[word]]
@@ -140,7 +140,7 @@ def get_encoder(model_name, models_dir):
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         ids, special = read_added_tokens(folder, content.get("added_tokens", []))
         encoder, merged = model["vocab"] | ids, {*map("".join, merges)}
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / name} is no byte-level BPE: {error!r}") from None
     if wrong := [option for option in OPTIONS if found[option] != OPTIONS[option]]:
         rule = f"{wrong[0]} must be {OPTIONS[wrong[0]]!r}, as in GPT-2's byte-level BPE"
@@ -170,7 +170,7 @@ def read_added_tokens(folder, entries):
     # Tokens that are not "normalized" are those that `tokenizers` finds first.
     first = {e["content"] for e in entries if not e.get("normalized", not e.get("special"))}
     named = names([value for key, value in (config | roles).items() if "_token" in key])
-    return ids, {"<|endoftext|>", *first, *named}
+    return ids, first | named | ({"<|endoftext|>"} - ids.keys())
 
 
 def names(field):

@@ -209,8 +209,13 @@ def read_safetensors(folder):
     the type, the shape, and where the bytes begin and end, counted from the end of the head.
     """
     index, table = folder / "model.safetensors.index.json", {}
-    weight_map = read_json(index).get("weight_map", {}) if index.exists() else {}
-    for path in [folder / name for name in sorted({*weight_map.values()} or {"model.safetensors"})]:
+    names = {"model.safetensors"}
+    if index.exists() and not (folder / "model.safetensors").exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map.")
+        names = {*map(str, weight_map.values())}
+    for path in [folder / name for name in sorted(names)]:
         content = map_file(path)
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         try:
@@ -220,8 +225,8 @@ def read_safetensors(folder):
                 begin, end = entry["data_offsets"]
                 numbers = content[start + begin : start + end]
                 name = name.removeprefix("transformer.")
-                table[name] = path, entry["dtype"], entry["shape"], numbers
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+                table[name] = path, str(entry["dtype"]), entry["shape"], numbers
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged or cut off: {error!r}") from None
     return table
 

@@ -96,14 +96,51 @@ def save_as(folder, change):
     return tf
 
 
-def test_slots_of_an_optimizer_beside_the_model_are_no_matter(openai_folder):
-    def with_slots(tensors):
-        for slot in ("Adam", "Adam_1"):
-            tensors |= {f"{n}/{slot}": t + 1 for n, t in [*tensors.items()] if "Adam" not in n}
-        tensors["global_step"] = np.int64(7)
+SIZES = {"n_vocab": 300, "n_ctx": 16, "n_embd": 12, "n_head": 3, "n_layer": 2}
+WEIGHTS = huggingface.random_model(*huggingface.SAVED[:-1], n_seq=1)[2]
 
-    save_as(openai_folder, with_slots)
-    assert_logits_are_recorded(openai_folder)
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder that TensorFlow has just written."""
+    write_vocabulary(tmp_path)
+    write_checkpoint(tmp_path, **SIZES)
+    return tmp_path
+
+
+def assert_same_as_in_tensorflow(folder):
+    from tensorflow import train
+
+    reader = train.load_checkpoint(str(folder / "model.ckpt"))
+    names = reader.get_variable_to_shape_map()
+    assert_same(load(folder)[2], {name: reader.get_tensor(name) for name in names})
+
+
+def adam(tf):
+    loss = tf.add_n([tf.reduce_sum(v**2) for v in tf.trainable_variables()])
+    return tf.train.AdamOptimizer().minimize(loss)
+
+
+@pytest.mark.parametrize("how", [{"step": adam}, {"sharded": True}], ids=["Adam", "two files"])
+def test_what_tensorflow_saves_besides_or_in_two_files_does_not_matter(how, small):
+    huggingface.save(small, WEIGHTS, **how)
+    assert len([*small.glob("*-of-00002")]) == 2 * ("sharded" in how)
+    assert_same_as_in_tensorflow(small)
+
+
+def test_a_large_checkpoint_with_an_index_of_several_blocks_arrives(small):
+    sizes = dict(zip(SIZES, (300, 64, 192, 3, 4), strict=True))
+    more = {f"{i:03}{'x' * 2000}": np.float32([i]) for i in range(400)}
+    huggingface.save(small, huggingface.random_model(*sizes.values(), n_seq=1)[2] | more)
+    # TensorFlow begins a new block after 256 KiB.
+    assert (small / INDEX).stat().st_size > 2**19 and (small / DATA).stat().st_size > 2**22
+    (small / "hparams.json").write_text(json.dumps(sizes))
+    assert_same_as_in_tensorflow(small)
+
+
+def test_the_committed_weights_are_those_of_the_recorded_model():
+    tensors = {f"model/{n}": w[None] if n.endswith("/w") else w for n, w in WEIGHTS.items()}
+    assert_same(load(COMMITTED)[2], tensors)
 
 
 def test_float16_and_bfloat16_variables_are_widened(openai_folder):
@@ -439,6 +476,25 @@ def test_a_text_ends_where_the_configuration_says(generation, config, ends, save
     if generation is not None:
         write_config(saved, "generation_config.json", eos_token_id=generation)
     assert load(saved)[0].eos == ends
+
+
+CASES = [*zip(huggingface.ENDS, WRITTEN["ends"], strict=True)]
+
+
+@pytest.mark.parametrize("files, texts", CASES)
+def test_texts_start_and_end_where_those_of_transformers_do(files, texts, tmp_path):
+    huggingface.with_fields(tmp_path, files)
+    for prompt, text in texts.items():
+        assert main(prompt, 40, tmp_path.name, str(tmp_path.parent)) == text
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}])
+def test_an_index_of_weights_that_is_damaged_is_an_error(weight_map, saved):
+    (saved / "model.safetensors").unlink()
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises((OSError, ValueError), match=r"weight_map|No such file|missing"):
+        load(saved)
 
 
 @pytest.mark.parametrize("bos, start", [(50256, [299]), (None, [299]), (5, [5])])
