@@ -129,8 +129,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     The shapes are `q` `[..., n_q, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_q, n_k]`. A score is
-    a sum of d products. Some are positive and some negative, so its size grows as the root of d.
-    Without a division by it, `exp` in softmax would often give one key almost all the weight.
+    a sum of d products of either sign. They cancel in part, so its size grows as the root of d.
+    Without dividing by that root, `exp` in softmax would often give one key almost all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v
@@ -154,9 +154,9 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     if kv is not None:
         kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
         k, v = kv  # [n_head, n_k, d] each
-    # `np.tri` gives each query a row: 1 for every key up to its own, those of the past included,
-    # then 0. The mask has (1 - 1) * 1e10 = 0 and (0 - 1) * 1e10 = -1e10, as in OpenAI's code, so
-    # that later keys get no weight. An infinite factor would not do: 0 * infinity is NaN.
+    # The third argument is n_past. A row of `np.tri` has 1 for all past keys and for the keys of
+    # this call up to the query's own, then 0. Minus 1 and times 1e10 (as in OpenAI's code), these
+    # are 0 and -1e10, so later keys get no weight. The factor is finite: 0 * infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)
@@ -166,8 +166,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient (how each number should change) flows back to the first block, and sums do not
-    weaken it. A norm of `x` itself, as in GPT-1, would rescale `x` and the gradient in every block.
+    the gradient (how each number should change) goes back from the last block to the first, and a
+    sum passes it on as it is. A norm of `x` itself, as in GPT-1, would rescale both in every block.
     So attention and `ffn` each get a normalised copy, and `x` is only added to.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
@@ -180,10 +180,10 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Attention compares what two rows contain,
     not where they are. So each row gets a row of `wpe` `[n_ctx, n_embd]` added for its position.
 
-    The blocks make some rows larger than others, which would make their logits more extreme, so
-    `ln_f` brings all rows to one scale. Then a row describes the next token, and its dot product
-    with a row of `wte` is the logit of that token. `wte` may serve at both ends, because a token
-    means the same when it is read and when it is predicted.
+    In the end, a row describes the next token, and its dot product with the row of `wte` for any
+    token is the logit of that token. Large rows would make extreme logits, so `ln_f` first brings
+    all rows to one scale. `wte` may serve at both ends, because its row for a token says what the
+    token means, whether it is read or predicted.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. Its fourth axis,
     less the length of `inputs`, is `n_past`. With a cache, only the last row of logits comes back,
@@ -193,8 +193,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # When JAX batches, `inputs` is a placeholder. It cannot index a NumPy `wte`, but the `take` of
-    # JAX accepts it. That `take` refuses lists, so `np.asarray` makes an array of them first.
+    # In JAX, `inputs` may be a placeholder without numbers yet. A NumPy `wte[inputs]` would fail,
+    # but JAX's `take` works. It refuses lists, so `np.asarray` turns `inputs` into an array first.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -209,7 +209,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
 
     First, `top_k` keeps that many of the likeliest ids. Then their logits are divided by the
     temperature: below 1, likely ids become even likelier, and above 1, unlikely ids get more of a
-    chance. Last, `top_p` keeps the likeliest of these, as many as it takes to reach `top_p`.
+    chance. Last, `top_p` keeps the likeliest, until their probabilities add up to `top_p` or more.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -220,8 +220,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64, for long sums
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # The probabilities lie end to end on a line, and a random point falls on one of them. Each has
-    # its start but not its end, since `random()` can be 0 but never 1. Hence `>` and not `>=`.
+    # `totals` says where the part of each id ends on a line from 0. A random point picks the first
+    # part that ends beyond it. The point can be 0 but never the last end. Hence `>`, not `>=`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -232,8 +232,8 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     takes the likeliest. The cache spares the model from reading a token twice. In 124M, a cache for
     1,024 tokens takes 72 MiB: 12 layers x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
 
-    Raises ValueError if the prompt is empty or has an id without a row in `wte`, or if the context
-    has no room, or the number is below 0. A generator raises only when you ask for its first id.
+    Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
+    `wte`, if prompt and new tokens do not fit the context, or if their number is below 0.
     """
     from numpy import empty  # not JAX's, whose arrays cannot be written into
 
@@ -270,8 +270,8 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: the folder of the models; OpenAI's are downloaded into it when first used
-        temperature: above 0, sample: the higher, the more freely. By default and with 0, take the
-            likeliest token each time. With --top_k, --top_p or --seed, the default is 1
+        temperature: with 0, take the likeliest token each time; above 0, sample, the higher the
+            more freely. If not given: 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, enough to reach this probability together
         seed: a whole number; the same seed gives the same text again
