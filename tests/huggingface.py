@@ -52,8 +52,9 @@ ENDS = [  # other fields of the bundled model
 TEXT = PROMPTS[0] + "\nIt is the east, and Juliet is the sun."
 
 
-def random_model(*fields, n_seq):
+def random_model(*sizes):
     """Return hparams, parameters, the same by name, and ids, all the same on every machine."""
+    *fields, n_seq = sizes
     hparams = dict(zip(HPARAMS, fields, strict=True))
     random, by_name = np.random.RandomState(sum(fields)), {}  # this generator's stream is frozen
 
@@ -158,11 +159,11 @@ def with_fields(folder, files):
 
 if __name__ == "__main__":
     recorded = {}
-    for *fields, n_seq in MODELS:
-        hparams, _, by_name, ids = random_model(*fields, n_seq=n_seq)
+    for sizes in MODELS:
+        hparams, _, by_name, ids = random_model(*sizes)
         model = load(hparams, by_name)
-        recorded[str((*fields, n_seq))] = logits(model, ids)
-        if (*fields, n_seq) == SAVED:
+        recorded[str(sizes)] = logits(model, ids)
+        if sizes == SAVED:
             written = saved(model)
             CHECKPOINT.mkdir(exist_ok=True)
             save(CHECKPOINT, by_name)

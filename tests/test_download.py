@@ -13,12 +13,11 @@ from subprocess import PIPE, Popen
 
 import filelock  # noqa: F401 (early, because the user nobody may not be able to read it)
 import pytest
-from conftest import ROOT
+from conftest import COMMITTED, ROOT
 
 import gpt2
 import utils
 
-SMALL = ROOT / "tests" / "checkpoint"  # a small model that TensorFlow wrote
 ORIGINAL = ROOT.parent / "shared" / "gpt2" / "124M"
 DATA = utils.DATA
 PAGE = b"<!DOCTYPE html>\n<html>Please log in</html>\n"
@@ -61,15 +60,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch, request):
-    published = SMALL if SMALL.exists() else request.getfixturevalue("openai")
+def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content = {name: (published / name).read_bytes() for name in utils.FILES}
+    server.content = {name: (COMMITTED / name).read_bytes() for name in utils.FILES}
     server.faults, server.log, server.retry_after, server.pauses = {}, [], None, []
     server.in_the_middle, server.go_on = threading.Event(), threading.Event()
     server.handle_error = lambda *args: None  # A client may be gone before the answer.
     server.url = f"http://127.0.0.1:{server.server_port}"
-    server.right = gpt2.main("Rome", 8, published.name, str(published.parent)) + "\n"
+    server.right = gpt2.main("Rome", 8, COMMITTED.name, str(COMMITTED.parent)) + "\n"
     server.sha256 = {n: sha256(server.content[n]).hexdigest() for n in utils.SHA256}
     monkeypatch.setattr(utils, "SHA256", server.sha256)
     monkeypatch.setattr("time.sleep", server.pauses.append)  # No test waits for the next try.

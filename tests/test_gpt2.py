@@ -5,7 +5,6 @@ import copy
 import functools
 import inspect
 import io
-import itertools
 import tokenize
 import warnings
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import huggingface
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, leaves
 
 import gpt2
 from gpt2 import attention, generate, layer_norm, mha, sample, softmax, stream
@@ -26,14 +25,13 @@ OF_INTEGERS = ("sample", "stream", "generate", "main")
 @pytest.fixture(scope="module")
 def small():
     """Parameters, head count and ids of a small random model, its context of 16 filled."""
-    hparams, params, _, ids = huggingface.random_model(40, 16, 12, 3, 2, n_seq=16)
+    hparams, params, _, ids = huggingface.random_model(40, 16, 12, 3, 2, 16)
     return params, hparams["n_head"], ids.tolist()
 
 
 @pytest.mark.parametrize("model", huggingface.MODELS, ids=str)
 def test_logits_are_those_of_hugging_face(model):
-    *fields, n_seq = model
-    hparams, params, _, ids = huggingface.random_model(*fields, n_seq=n_seq)
+    hparams, params, _, ids = huggingface.random_model(*model)
     logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
     np.testing.assert_allclose(logits, np.load(huggingface.RECORDED)[str(model)], atol=1e-5)
 
@@ -125,13 +123,6 @@ def test_a_batch_of_ids_is_an_error(small, cached):
     cache = np.zeros((2, 2, n_head, 16, 4), np.float32) if cached else None
     with pytest.raises(ValueError, match=r"unpack|broadcast"):
         gpt2.gpt2([ids], **params, n_head=n_head, cache=cache)
-
-
-def leaves(tree):
-    """All arrays in nested dicts and lists."""
-    if isinstance(tree, np.ndarray):
-        return [tree]
-    return list(itertools.chain(*map(leaves, tree.values() if isinstance(tree, dict) else tree)))
 
 
 def test_parameters_are_not_changed(small):

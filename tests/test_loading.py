@@ -3,117 +3,104 @@
 import json
 import mmap
 import shutil
-import struct
 from hashlib import sha256
 
 import huggingface
 import numpy as np
 import pytest
-from conftest import BUNDLED, MERGES, ROOT, TOKENS, write_checkpoint, write_vocabulary
+from conftest import BUNDLED, COMMITTED, MERGES, ROOT, TOKENS, leaves, run
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-import utils
 from gpt2 import gpt2, main
-from utils import load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
+from utils import build_params, load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
 
-COMMITTED = ROOT / "tests" / "checkpoint"
 DATA, INDEX = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
 WRITTEN = json.loads(huggingface.WRITTEN.read_text("utf-8"))
-RECORDED = np.load(huggingface.RECORDED)[str(huggingface.SAVED)]
+# The model whose logits are recorded: as a tree, by OpenAI's names, and by Hugging Face's.
+HPARAMS, PARAMS, WEIGHTS, IDS = huggingface.random_model(*huggingface.SAVED)
+RENAMED = huggingface.in_hugging_faces_names(WEIGHTS)
+WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def openai(tmp_path):
+    """That model in OpenAI's layout: a copy of the folder that TensorFlow wrote."""
+    return shutil.copytree(COMMITTED, tmp_path / "openai")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """That model in Hugging Face's layout, as `save_pretrained` writes it."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    edit_json(folder / "config.json", WRITTEN["config"])
+    write_tokenizer(folder)
+    save_file(RENAMED, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_tokenizer(folder, added=()):
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(TOKENS)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>"), *added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def edit_json(path, fields):
+    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(old | fields), "utf-8")
+
+
+def edit_head(path, change):
+    """Change the head of a file of safetensors. The numbers stay as they are."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    head = change(content[8:start])
+    path.write_bytes(len(head).to_bytes(8, "little") + head + content[start:])
 
 
 def load(folder):
     return load_encoder_hparams_and_params(folder.name, folder.parent)
 
 
-def by_name(params):
-    """The leaves of the tree, by OpenAI's names."""
-    leaves = {"wte": params["wte"], "wpe": params["wpe"]}
-    leaves |= {f"ln_f/{p}": params["ln_f"][p] for p in "gb"}
-    for i, block in enumerate(params["blocks"]):
-        for part, layers in block.items():
-            for name, leaf in layers.items():
-                inner = leaf if isinstance(leaf, dict) else {"": leaf}
-                leaves |= {f"h{i}/{part}/{name}/{p}".rstrip("/"): v for p, v in inner.items()}
-    return leaves
-
-
-def assert_same(params, tensors):
-    """Compare the tree with the tensors, name by name, without the leading axis of matrices."""
-    leaves = {f"model/{name}": leaf for name, leaf in by_name(params).items()}
-    for name, leaf in leaves.items():
+def assert_same(params, expected):
+    """Compare number for number."""
+    for leaf, other in zip(leaves(params), leaves(expected), strict=True):
         assert leaf.dtype == np.float32
-        expected = tensors[name][0] if name.endswith("/w") else tensors[name]
-        np.testing.assert_array_equal(leaf, expected)
+        np.testing.assert_array_equal(leaf, other)
 
 
-def assert_logits_are_recorded(folder, atol=1e-5):
-    *fields, n_seq = huggingface.SAVED
-    ids = huggingface.random_model(*fields, n_seq=n_seq)[3]
+def assert_logits_are_recorded(folder):
     _, hparams, params = load(folder)
-    logits = gpt2(ids, **params, n_head=hparams["n_head"])
-    np.testing.assert_allclose(logits, RECORDED[:, : len(TOKENS)], atol=atol)
+    logits = gpt2(IDS, **params, n_head=hparams["n_head"])
+    recorded = np.load(huggingface.RECORDED)[str(huggingface.SAVED)]
+    np.testing.assert_allclose(logits, recorded[:, : len(TOKENS)], atol=1e-5)
 
 
 # --- OpenAI's layout ---
 
 
-@pytest.fixture
-def openai_folder(tmp_path):
-    """A copy of the small checkpoint that TensorFlow wrote and that is committed."""
-    return shutil.copytree(COMMITTED, tmp_path / "mine")
+def test_a_committed_checkpoint_has_its_weights_and_the_logits_of_hugging_face():
+    assert load(COMMITTED)[1] == HPARAMS
+    assert_same(load(COMMITTED)[2], PARAMS)
+    assert_logits_are_recorded(COMMITTED)
 
 
 @pytest.fixture
-def written(tmp_path):
-    """A folder with a random model, and its tensors as TensorFlow has them."""
-    folder = tmp_path / "random"
-    folder.mkdir()
-    write_vocabulary(folder)
-    return folder, write_checkpoint(folder, len(TOKENS), 64, 96, 3, 12)
-
-
-def test_a_checkpoint_arrives_as_tensorflow_wrote_it(written):
-    folder, tensors = written
-    _, hparams, params = load(folder)
-    assert_same(params, tensors)
-    assert hparams == {"n_vocab": 300, "n_ctx": 64, "n_embd": 96, "n_head": 3, "n_layer": 12}
-    assert_same(load_gpt2_params_from_tf_ckpt(str(folder / "model.ckpt"), hparams), tensors)
-
-
-def save_as(folder, change):
-    """Let TensorFlow write the tensors of a checkpoint anew, after a change."""
+def tf():
     why = "TensorFlow, which writes checkpoints, has no wheel for this Python"
-    tf = pytest.importorskip("tensorflow", reason=why)
-    prefix = str(folder / "model.ckpt")
-    reader = tf.train.load_checkpoint(prefix)
-    tensors = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    tensors = change(tensors) or tensors
-    names, values = [*tensors], [*tensors.values()]
-    slices = ["10 4 0,5:-" if name == "partitioned" else "" for name in names]
-    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=values)
-    return tf
+    return pytest.importorskip("tensorflow", reason=why)
 
 
-SIZES = {"n_vocab": 300, "n_ctx": 16, "n_embd": 12, "n_head": 3, "n_layer": 2}
-WEIGHTS = huggingface.random_model(*huggingface.SAVED[:-1], n_seq=1)[2]
+def as_tensorflow_reads_it(folder, tf):
+    reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+    hparams = json.loads((folder / "hparams.json").read_text())
 
+    def leaf(name, *shape):
+        return reader.get_tensor(f"model/{name}").reshape(shape).astype(np.float32)
 
-@pytest.fixture
-def small(tmp_path):
-    """A folder that TensorFlow has just written."""
-    write_vocabulary(tmp_path)
-    write_checkpoint(tmp_path, **SIZES)
-    return tmp_path
-
-
-def assert_same_as_in_tensorflow(folder):
-    from tensorflow import train
-
-    reader = train.load_checkpoint(str(folder / "model.ckpt"))
-    names = reader.get_variable_to_shape_map()
-    assert_same(load(folder)[2], {name: reader.get_tensor(name) for name in names})
+    return build_params(hparams, leaf)
 
 
 def adam(tf):
@@ -121,122 +108,76 @@ def adam(tf):
     return tf.train.AdamOptimizer().minimize(loss)
 
 
-@pytest.mark.parametrize("how", [{"step": adam}, {"sharded": True}], ids=["Adam", "two files"])
-def test_what_tensorflow_saves_besides_or_in_two_files_does_not_matter(how, small):
-    huggingface.save(small, WEIGHTS, **how)
-    assert len([*small.glob("*-of-00002")]) == 2 * ("sharded" in how)
-    assert_same_as_in_tensorflow(small)
+WAYS = {"Adam": {"step": adam}, "two files": {"sharded": True}, "float16": {}, "bfloat16": {}}
 
 
-def test_a_large_checkpoint_with_an_index_of_several_blocks_arrives(small):
-    sizes = dict(zip(SIZES, (300, 64, 192, 3, 4), strict=True))
+@pytest.mark.parametrize("way", WAYS)
+def test_what_tensorflow_saves_is_what_tensorflow_reads(way, openai, tf):
+    kind = tf.as_dtype(way if "float" in way else "float32").as_numpy_dtype
+    huggingface.save(openai, {n: w.astype(kind) for n, w in WEIGHTS.items()}, **WAYS[way])
+    assert len([*openai.glob("*-of-00002")]) == (2 if way == "two files" else 0)
+    assert_same(load(openai)[2], as_tensorflow_reads_it(openai, tf))
+
+
+def test_a_large_checkpoint_with_an_index_of_several_blocks_arrives(openai, tf):
+    hparams, _, weights, _ = huggingface.random_model(300, 64, 96, 3, 12, 1)
+    edit_json(openai / "hparams.json", hparams)
     more = {f"{i:03}{'x' * 2000}": np.float32([i]) for i in range(400)}
-    huggingface.save(small, huggingface.random_model(*sizes.values(), n_seq=1)[2] | more)
+    huggingface.save(openai, weights | more)
     # TensorFlow begins a new block after 256 KiB.
-    assert (small / INDEX).stat().st_size > 2**19 and (small / DATA).stat().st_size > 2**22
-    (small / "hparams.json").write_text(json.dumps(sizes))
-    assert_same_as_in_tensorflow(small)
+    assert (openai / INDEX).stat().st_size > 2**19 and (openai / DATA).stat().st_size > 2**22
+    assert_same(load(openai)[2], as_tensorflow_reads_it(openai, tf))
 
 
-def test_the_committed_weights_are_those_of_the_recorded_model():
-    tensors = {f"model/{n}": w[None] if n.endswith("/w") else w for n, w in WEIGHTS.items()}
-    assert_same(load(COMMITTED)[2], tensors)
+REFUSED = [({"dtype": "float64"}, 2), ({"dtype": "int32"}, 3)]
+REFUSED += [({"partitioner": lambda **_: [2, 1]}, "in partitions")]
 
 
-def test_float16_and_bfloat16_variables_are_widened(openai_folder):
-    why = "TensorFlow, which writes checkpoints, has no wheel for this Python"
-    tf = pytest.importorskip("tensorflow", reason=why)
-    for kind in (tf.float16, tf.bfloat16):
-        kept = {}
-
-        def narrow(tensors, kind=kind, kept=kept):
-            kept |= {name: tf.cast(tensor, kind) for name, tensor in tensors.items()}
-            return kept
-
-        save_as(openai_folder, narrow)
-        assert_same(
-            load(openai_folder)[2], {n: tf.cast(t, tf.float32).numpy() for n, t in kept.items()}
-        )
-
-
-def test_a_partitioned_variable_is_refused_by_name(openai_folder):
-    why = "TensorFlow, which writes checkpoints, has no wheel for this Python"
-    tf = pytest.importorskip("tensorflow", reason=why).compat.v1
-    with tf.Graph().as_default(), tf.Session() as session:
-        halves = tf.fixed_size_partitioner(2)
-        ones = tf.ones_initializer()
-        tf.get_variable("model/wte", (300, 12), initializer=ones, partitioner=halves)
-        session.run(tf.global_variables_initializer())
-        tf.train.Saver().save(session, str(openai_folder / "model.ckpt"))
-    with pytest.raises(ValueError, match=r"wte is in partitions \[300, 12\]"):
-        load(openai_folder)
+@pytest.mark.parametrize(("options", "found"), REFUSED)
+def test_a_variable_in_parts_or_of_another_type_is_refused_by_name(options, found, openai, tf):
+    v1 = tf.compat.v1
+    with v1.Graph().as_default(), v1.Session() as session:
+        v1.get_variable("model/wte", (300, 12), initializer=v1.ones_initializer(), **options)
+        session.run(v1.global_variables_initializer())
+        v1.train.Saver().save(session, str(openai / "model.ckpt"))
+    with pytest.raises(ValueError, match=rf"wte is {found} \[300, 12\]"):
+        load(openai)
 
 
 @pytest.mark.parametrize("name", ["/run1/model-1000", r"C:\\run1\\model-1000", "model-1000"])
-def test_a_checkpoint_may_be_named_by_the_folder_it_was_trained_in(name, openai_folder):
-    for path in openai_folder.glob("model.ckpt.*"):
+def test_a_checkpoint_may_be_named_by_the_folder_it_was_trained_in(name, openai):
+    for path in openai.glob("model.ckpt.*"):
         path.rename(path.with_name(path.name.replace("model.ckpt", "model-1000")))
     lines = f'model_checkpoint_path: "{name}"\nall_model_checkpoint_paths: "{name}"\n'
-    (openai_folder / "checkpoint").write_text(lines)
-    assert_logits_are_recorded(openai_folder)
+    (openai / "checkpoint").write_text(lines)
+    assert_logits_are_recorded(openai)
 
 
-def test_the_committed_checkpoint_has_the_logits_of_hugging_face(openai_folder):
-    assert_logits_are_recorded(openai_folder)
-
-
-def test_a_complete_folder_of_a_published_name_asks_no_network(openai_folder, monkeypatch):
-    monkeypatch.setattr(utils, "fetch", lambda *args: pytest.fail("it asks the network"))
-    assert_logits_are_recorded(openai_folder.rename(openai_folder.with_name("124M")))
-
-
-def test_every_flipped_bit_of_an_index_is_an_error_or_changes_nothing(openai_folder):
-    path = openai_folder / INDEX
-    content, expected, refused = path.read_bytes(), utils.read_index(path), 0
+def flipped(content):
+    """Yield the content with one bit flipped, for each of its bits."""
     for i in range(8 * len(content)):
-        flipped = bytearray(content)
-        flipped[i // 8] ^= 1 << i % 8
-        path.write_bytes(flipped)
+        damaged = bytearray(content)
+        damaged[i // 8] ^= 1 << i % 8
+        yield damaged
+
+
+def cut_off(content):
+    """Yield the content without its end, for each place to cut it off."""
+    return (content[:n] for n in range(len(content)))
+
+
+@pytest.mark.parametrize("damage", [flipped, cut_off])
+def test_any_damage_of_an_index_is_an_error_or_changes_nothing(damage, openai):
+    path, refused = openai / INDEX, []
+    for content in damage(path.read_bytes()):
+        path.write_bytes(content)
         try:
-            assert utils.read_index(path) == expected
+            assert_same(load_gpt2_params_from_tf_ckpt(str(openai / "model.ckpt"), HPARAMS), PARAMS)
+            refused.append(False)
         except ValueError as error:
-            assert str(path) in str(error)
-            refused += 1
-    assert refused > 0.9 * 8 * len(content)
-
-
-def test_every_truncation_of_an_index_is_an_error(openai_folder):
-    path = openai_folder / INDEX
-    content = path.read_bytes()
-    for n in range(len(content)):
-        path.write_bytes(content[:n])
-        with pytest.raises(ValueError, match=r"model\.ckpt\.index is damaged or cut off"):
-            utils.read_index(path)
-
-
-@pytest.mark.parametrize("n_bytes", [0, 1, 7777, 30335])
-def test_a_data_file_that_is_too_short_is_named(n_bytes, openai_folder):
-    content = (openai_folder / DATA).read_bytes()
-    (openai_folder / DATA).write_bytes(content[:n_bytes])
-    with pytest.raises(ValueError, match=rf"{DATA} is damaged or cut off: ") as error:
-        load(openai_folder)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("hparams.json", "{", "hparams.json is not a JSON object"),
-        ("hparams.json", "[]", "hparams.json is not a JSON object"),
-        ("hparams.json", "{}", "hparams.json: n_vocab must be a number above 0"),
-        ("checkpoint", "", "checkpoint names no checkpoint"),
-        ("encoder.json", "{", "encoder.json is not a JSON object"),
-    ],
-)
-def test_a_damaged_file_is_named(name, content, message, openai_folder):
-    (openai_folder / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load(openai_folder)
+            assert f"{path} is damaged or cut off" in str(error)
+            refused.append(True)
+    assert np.mean(refused) > 0.9
 
 
 @pytest.mark.parametrize(
@@ -246,93 +187,139 @@ def test_a_damaged_file_is_named(name, content, message, openai_folder):
         ("n_embd", 24, r"wte is 1 \[300, 12\], not .*\[300, 24\]"),
         ("n_layer", 3, "h2/ln_1/g is missing from the weights, which have h0/attn/c_attn/b"),
         ("n_head", 5, "n_embd must be a multiple of n_head"),
+        ("n_layer", 0, "hparams.json: n_layer must be a number above 0, not 0"),
     ],
 )
-def test_sizes_that_do_not_fit_the_tensors_are_an_error(field, value, message, openai_folder):
-    hparams = json.loads((openai_folder / "hparams.json").read_text()) | {field: value}
-    (openai_folder / "hparams.json").write_text(json.dumps(hparams))
+def test_sizes_that_do_not_fit_the_tensors_are_an_error(field, value, message, openai):
+    edit_json(openai / "hparams.json", {field: value})
     with pytest.raises(ValueError, match=message):
-        load(openai_folder)
+        load(openai)
 
 
-@pytest.mark.parametrize("name", [DATA, INDEX, "hparams.json", "vocab.bpe"])
-def test_a_missing_file_is_named(name, openai_folder):
-    (openai_folder / name).unlink()
-    with pytest.raises(OSError, match=name):
-        load(openai_folder)
-
-
-def test_a_missing_checkpoint_file_is_told_with_the_line_it_must_hold(openai_folder):
-    (openai_folder / INDEX).rename(openai_folder / "model-500.index")
-    (openai_folder / "checkpoint").unlink()
+def test_a_missing_checkpoint_file_is_told_with_the_line_it_must_hold(openai):
+    (openai / INDEX).rename(openai / "model-500.index")
+    (openai / "checkpoint").unlink()
     with pytest.raises(OSError, match=r'checkpoint is missing.*model_checkpoint_path: "model-500"'):
-        load(openai_folder)
+        load(openai)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../mine", "mine/", "no_such", "1558m"])
-def test_a_name_that_is_no_model_is_told_with_the_folders_there(name, openai_folder):
-    words = r"must be 124M, 355M, 774M, 1558M, or a folder in .* \(mine\), not"
+# --- Both layouts ---
+
+HEADS = ["", "[]", '{"a": 1}', '{"a": {}}', '{"a": {"data_offsets": ["b", 1]}}', "[" * 100_000]
+DAMAGED = [  # a number says how many bytes of the file are left
+    *(("openai", DATA, n_bytes, "is damaged or cut off: ") for n_bytes in (0, 1, 7777, -1)),
+    ("openai", "hparams.json", "{", "is not a JSON object"),
+    ("openai", "hparams.json", "[]", "is not a JSON object"),
+    ("openai", "hparams.json", "{}", "n_vocab must be a number above 0"),
+    ("openai", "checkpoint", "", "names no checkpoint"),
+    ("openai", "encoder.json", "{", "is not a JSON object"),
+    *(("saved", "model.safetensors", n, "is damaged or cut off: ") for n in (0, 5, 8, 99, -1)),
+    *(("saved", "model.safetensors", head, "is damaged or cut off: ") for head in HEADS),
+    ("saved", "config.json", "[]", "is not a JSON object"),
+    ("saved", "generation_config.json", "x", "is not a JSON object"),
+    ("saved", "tokenizer.json", "{", "is not a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "content", "message"), DAMAGED)
+def test_a_damaged_file_is_named_in_a_line(layout, name, content, message, request):
+    path = request.getfixturevalue(layout) / name
+    if isinstance(content, int):
+        path.write_bytes(path.read_bytes()[:content])
+    elif name == "model.safetensors":
+        edit_head(path, lambda _: content.encode())
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"{name}:? {message}") as error:
+        load(path.parent)
+    assert "\n" not in str(error.value)
+
+
+MISSING = [("openai", name) for name in (DATA, INDEX, "hparams.json", "vocab.bpe")]
+
+
+@pytest.mark.parametrize(("layout", "name"), [*MISSING, ("saved", "model.safetensors")])
+def test_a_missing_file_is_named(layout, name, request):
+    folder = request.getfixturevalue(layout)
+    (folder / name).unlink()
+    with pytest.raises(OSError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../openai", "openai/", "no_such", "1558m"])
+def test_a_name_that_is_no_model_is_told_with_the_folders_there(name, openai):
+    words = r"must be 124M, 355M, 774M, 1558M, or a folder in .* \(openai\), not"
     with pytest.raises(ValueError, match=words):
-        load_encoder_hparams_and_params(name, openai_folder.parent)
+        load_encoder_hparams_and_params(name, openai.parent)
 
 
-def test_a_tilde_stands_for_the_home_of_the_user(openai_folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(openai_folder.parent))
-    monkeypatch.setenv("USERPROFILE", str(openai_folder.parent))  # on Windows
-    assert load_encoder_hparams_and_params("mine", "~")[1]["n_embd"] == 12
+def test_a_tilde_stands_for_the_home_of_the_user(openai, monkeypatch):
+    monkeypatch.setenv("HOME", str(openai.parent))
+    monkeypatch.setenv("USERPROFILE", str(openai.parent))  # on Windows
+    assert load_encoder_hparams_and_params("openai", "~")[1] == HPARAMS
+
+
+def is_mapped(array):
+    """Whether the numbers of an array lie in a mapped file."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
+@pytest.mark.parametrize(("layout", "padding"), [("openai", 0), *(("saved", n) for n in (0, 1, 3))])
+def test_arrays_are_read_only_views_if_they_are_aligned_and_copies_if_not(layout, padding, request):
+    folder = request.getfixturevalue(layout)
+    if padding:
+        edit_head(folder / "model.safetensors", lambda head: head + b" " * padding)
+    _, _, params = load(folder)
+    assert_same(params, PARAMS)
+    for leaf in leaves(params):
+        assert leaf.flags.aligned and is_mapped(leaf) == (padding == 0)
+        with pytest.raises(ValueError, match="read-only"):
+            leaf[0] = 1
+
+
+UNREADABLE = [
+    (
+        "model.safetensors",
+        "pytorch_model.bin",
+        r"\nmodel = .*from_pretrained.*\nmodel.save_pretrained",
+    ),
+    ("model.safetensors", "pytorch_model-00001-of-00002.bin", "from_pretrained"),
+    ("model.safetensors", "adapter_config.json", "is a LoRA adapter. Merge it"),
+    ("tokenizer.json", "vocab.txt", r"no tokenizer that is understood.*tokenizer\.json, or"),
+]
+
+
+@pytest.mark.parametrize(("without", "name", "advice"), UNREADABLE)
+def test_a_folder_of_another_kind_is_told_with_what_to_do(without, name, advice, saved):
+    (saved / name).write_text("{}")
+    if without == "model.safetensors":
+        assert_logits_are_recorded(saved)  # Beside weights that can be read, it does not matter.
+    (saved / without).unlink()
+    with pytest.raises(ValueError, match=advice):
+        load(saved)
+
+
+def test_with_both_layouts_in_a_folder_hugging_faces_is_read(openai, saved):
+    shutil.copytree(openai, saved, dirs_exist_ok=True)
+    (saved / INDEX).write_bytes(b"")
+    assert_logits_are_recorded(saved.rename(saved.with_name("124M")))
+
+
+def test_loading_needs_none_of_what_downloads():
+    code = "import sys\nfor name in ('filelock', 'requests', 'tensorflow', 'tqdm', 'urllib3',"
+    code += " 'safetensors', 'google_crc32c'):\n    sys.modules[name] = None\n"
+    code += "import gpt2; print(repr(gpt2.main('ROMEO:', 8, '1M')))"
+    assert run(code=("-c", code)).out == f"{main('ROMEO:', 8, '1M', str(ROOT / 'models'))!r}\n"
 
 
 # --- Hugging Face's layout ---
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A folder such as `save_pretrained` writes, of the model whose logits are recorded."""
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    write_config(folder)
-    write_tokenizer(folder)
-    save_file(weights(), folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def write_config(folder, name="config.json", **changes):
-    config = WRITTEN["config"] if name == "config.json" else {}
-    (folder / name).write_text(json.dumps(config | changes))
-
-
-def write_tokenizer(folder, added=()):
-    vocabulary = {token: id for id, token in enumerate(TOKENS)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>"), *added])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def weights():
-    """The tensors of that model, by the names that `save_pretrained` wrote."""
-    *fields, n_seq = huggingface.SAVED
-    tensors = huggingface.random_model(*fields, n_seq=n_seq)[2]
-    tensors = huggingface.in_hugging_faces_names(tensors)
-    assert sorted(tensors) == WRITTEN["weights"]
-    return tensors
-
-
-def write_safetensors(path, tensors, kinds=None, padding=0):
-    """Write the format by hand, so that types and places can be chosen."""
-    head, content = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        kind = (kinds or {"float32": "F32", "float16": "F16", "uint16": "BF16"})[str(tensor.dtype)]
-        offsets = [len(content), len(content) + tensor.nbytes]
-        head[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": offsets}
-        content += tensor.tobytes()
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8 + padding)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
-
-
 def test_what_save_pretrained_writes_has_the_logits_of_hugging_face(saved):
-    assert load(saved)[1] == {"n_vocab": 300, "n_ctx": 16, "n_embd": 12, "n_head": 3, "n_layer": 2}
+    assert sorted(RENAMED) == WRITTEN["weights"]
+    assert load(saved)[1] == HPARAMS
     assert_logits_are_recorded(saved)
 
 
@@ -343,87 +330,68 @@ def test_the_bundled_model_writes_what_hugging_faces_library_writes_with_it(prom
     assert main(prompt, 40, "1M", str(ROOT / "models")) == WRITTEN["texts"][prompt]
 
 
-def is_mapped(array):
-    """Whether the numbers of an array lie in a mapped file."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return isinstance(array, mmap.mmap)
+def test_float16_is_widened_to_the_same_numbers(saved):
+    save_file({n: w.astype(np.float16) for n, w in RENAMED.items()}, saved / "model.safetensors")
+    assert_same(load(saved)[2], [leaf.astype(np.float16) for leaf in leaves(PARAMS)])
 
 
-@pytest.mark.parametrize("padding", [0, 1, 3])
-def test_arrays_are_read_only_views_where_they_are_aligned_and_copies_elsewhere(saved, padding):
-    write_safetensors(saved / "model.safetensors", weights(), padding=padding)
-    assert_logits_are_recorded(saved)
-    for leaf in by_name(load(saved)[2]).values():
-        assert leaf.dtype == np.float32 and leaf.flags.aligned
-        assert is_mapped(leaf) == (padding == 0)
-        with pytest.raises(ValueError, match="read-only"):
-            leaf[0] = 1
+def test_bfloat16_is_the_upper_half_of_the_same_numbers(saved):
+    halves = {n: (w.view(np.uint32) >> 16).astype(np.uint16) for n, w in RENAMED.items()}
+    save_file(halves, saved / "model.safetensors")
+    edit_head(saved / "model.safetensors", lambda head: head.replace(b"U16", b"BF16"))
+    cut = [(leaf.view(np.uint32) & 0xFFFF0000).view(np.float32) for leaf in leaves(PARAMS)]
+    assert_same(load(saved)[2], cut)
+    assert not load(saved)[2]["wte"].flags.writeable
 
 
-def test_openais_arrays_are_read_only_views(openai_folder):
-    for leaf in by_name(load(openai_folder)[2]).values():
-        assert is_mapped(leaf) and not leaf.flags.writeable
-
-
-def test_float16_and_bfloat16_are_widened_to_the_same_numbers(saved):
-    wide = weights()
-    halves = {name: tensor.astype(np.float16) for name, tensor in wide.items()}
-    upper = {
-        name: (tensor.view(np.uint32) >> 16).astype(np.uint16) for name, tensor in wide.items()
-    }
-    cut = {name: (tensor.view(np.uint32) & 0xFFFF0000).view("f4") for name, tensor in wide.items()}
-    name = "transformer.h.1.mlp.c_fc.weight"
-    for narrow, expected in ((halves, halves[name]), (upper, cut[name])):
-        write_safetensors(saved / "model.safetensors", narrow)
-        params = load(saved)[2]
-        np.testing.assert_array_equal(params["blocks"][1]["mlp"]["c_fc"]["w"], expected)
-        assert not params["wte"].flags.writeable
-
-
-def test_weights_may_be_in_several_files(saved):
-    names = sorted(weights())
-    parts = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(names)}
+@pytest.fixture
+def split(saved):
+    """The same folder with its weights in three files, and their index."""
+    parts = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(RENAMED)}
     for file in {*parts.values()}:
-        save_file({n: t for n, t in weights().items() if parts[n] == file}, saved / file)
+        save_file({n: w for n, w in RENAMED.items() if parts[n] == file}, saved / file)
     (saved / "model.safetensors").unlink()
-    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    edit_json(saved / "model.safetensors.index.json", {"weight_map": parts})
+    return saved
+
+
+def test_weights_may_be_in_several_files(split):
+    assert_logits_are_recorded(split)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}, {"a": "model-3.safetensors"}])
+def test_a_damaged_index_of_weights_is_an_error(weight_map, split):
+    edit_json(split / "model.safetensors.index.json", {"weight_map": weight_map})
+    with pytest.raises((OSError, ValueError), match=r"index\.json is damaged|No such file"):
+        load(split)
+
+
+BARE = {name.removeprefix("transformer."): weight for name, weight in RENAMED.items()}
+OTHER_WAYS = {
+    "without a prefix": BARE,
+    "with the mask of attention": BARE | {"h.0.attn.bias": np.tri(16, dtype="f4")[None, None]},
+    "with its head": RENAMED | {HEAD: RENAMED[WTE].copy()},
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_weights_may_be_written_in_other_ways(way, saved):
+    save_file(OTHER_WAYS[way], saved / "model.safetensors")
     assert_logits_are_recorded(saved)
 
 
-def bare(tensors):
-    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+NOT_GPT2S = [
+    (RENAMED | {HEAD: -RENAMED[WTE]}, "lm_head.weight is not wte.weight"),
+    (RENAMED | {WPE: RENAMED[WPE][1:]}, r"wpe.weight is F32 \[15, 12\], not .* \[16, 12\]"),
+    (RENAMED | {WPE: np.zeros((16, 12), "i4")}, "wpe.weight is I32"),
+    ({n: w for n, w in RENAMED.items() if "ln_f" not in n}, "ln_f.weight is missing"),
+    ({f"_orig_mod.{n}": w for n, w in RENAMED.items()}, rf"which have _orig_mod\.{WTE}"),
+]
 
 
-def with_masks(tensors):
-    return bare(tensors) | {"h.0.attn.bias": np.tri(16, dtype=np.float32)[None, None]}
-
-
-def with_a_head(tensors):
-    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"].copy()}
-
-
-@pytest.mark.parametrize("change", [bare, with_masks, with_a_head])
-def test_weights_may_be_written_in_other_ways(change, saved):
-    save_file(change(weights()), saved / "model.safetensors")
-    assert_logits_are_recorded(saved)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t | {"lm_head.weight": -t["transformer.wte.weight"]}, "lm_head.weight is not"),
-        (lambda t: t | {"transformer.wpe.weight": np.zeros((15, 12), "f4")}, "wpe.weight is F32"),
-        (lambda t: t | {"transformer.wpe.weight": np.zeros((16, 12), "i4")}, "wpe.weight is I32"),
-        (lambda t: {n: v for n, v in t.items() if "ln_f" not in n}, "ln_f.weight is missing"),
-        (
-            lambda t: {f"_orig_mod.{n}": v for n, v in t.items()},
-            r"which have _orig_mod\.transformer\.wte\.weight",
-        ),
-    ],
-)
-def test_weights_that_are_not_gpt2s_are_refused_by_name(change, message, saved):
-    save_file(change(weights()), saved / "model.safetensors")
+@pytest.mark.parametrize(("weights", "message"), NOT_GPT2S, ids=lambda value: str(value)[:20])
+def test_weights_that_are_not_gpt2s_are_refused_by_name(weights, message, saved):
+    save_file(weights, saved / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         load(saved)
 
@@ -436,12 +404,12 @@ OTHERS |= {"vocab_size": None, "n_positions": "16", "n_head": True}
 
 @pytest.mark.parametrize("field", OTHERS)
 def test_what_gpt2_does_not_compute_is_refused_by_its_field(field, saved):
-    write_config(saved, **{field: OTHERS[field]})
+    edit_json(saved / "config.json", {field: OTHERS[field]})
     with pytest.raises(ValueError, match=rf"config\.json: {field} "):
         load(saved)
 
 
-def test_a_key_that_is_missing_means_the_default_of_the_library(saved):
+def test_a_field_that_is_left_out_has_the_default_of_hugging_faces_library(saved):
     (saved / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"wte\.weight is .*\[50257, 768\]"):
         load(saved)
@@ -449,14 +417,11 @@ def test_a_key_that_is_missing_means_the_default_of_the_library(saved):
 
 @pytest.mark.parametrize("n_rows", [298, 300, 304, 512])
 def test_rows_without_a_token_are_cut_off_and_fewer_rows_load(n_rows, saved):
-    write_config(saved, vocab_size=n_rows)
-    tensors = weights()
-    tensors["transformer.wte.weight"] = np.resize(tensors["transformer.wte.weight"], (n_rows, 12))
-    save_file(tensors, saved / "model.safetensors")
+    edit_json(saved / "config.json", {"vocab_size": n_rows})
+    save_file(RENAMED | {WTE: np.resize(RENAMED[WTE], (n_rows, 12))}, saved / "model.safetensors")
     _, hparams, params = load(saved)
     assert hparams["n_vocab"] == len(params["wte"]) == min(n_rows, 300)
-    if n_rows >= 300:
-        assert_logits_are_recorded(saved)
+    np.testing.assert_array_equal(params["wte"], PARAMS["wte"][:n_rows])
 
 
 def test_a_token_without_a_row_is_an_error_when_it_is_used(saved):
@@ -466,75 +431,30 @@ def test_a_token_without_a_row_is_an_error_when_it_is_used(saved):
         main("x[PAD]", 1, saved.name, str(saved.parent))
 
 
-ENDS = [(None, None, {299}), (None, 5, {5}), (None, [5, 7, 999], {5, 7}), (None, 999, {299})]
-ENDS += [(8, 5, {8}), ([8, 9], 5, {8, 9}), (999, 5, {5})]  # generation_config.json comes first
+ENDS = [  # eos and bos in generation_config.json, and in config.json, and what they become
+    ({}, {}, {299}, [299]),
+    ({}, {"eos_token_id": 5, "bos_token_id": 6}, {5}, [6]),
+    ({}, {"eos_token_id": [5, 7, 999], "bos_token_id": 50256}, {5, 7}, [299]),
+    ({}, {"eos_token_id": 999}, {299}, [299]),
+    ({"eos_token_id": 8, "bos_token_id": 9}, {"eos_token_id": 5}, {8}, [299]),
+    ({"eos_token_id": [8, 9]}, {"eos_token_id": 5}, {8, 9}, [299]),
+    ({"eos_token_id": 999}, {"eos_token_id": 5}, {5}, [299]),
+]
 
 
-@pytest.mark.parametrize("generation, config, ends", ENDS)
-def test_a_text_ends_where_the_configuration_says(generation, config, ends, saved):
-    write_config(saved, eos_token_id=config)
-    if generation is not None:
-        write_config(saved, "generation_config.json", eos_token_id=generation)
-    assert load(saved)[0].eos == ends
+@pytest.mark.parametrize(("generation", "config", "eos", "bos"), ENDS)
+def test_a_text_starts_and_ends_where_the_configuration_says(generation, config, eos, bos, saved):
+    edit_json(saved / "config.json", {"eos_token_id": None, "bos_token_id": None} | config)
+    edit_json(saved / "generation_config.json", generation)
+    encoder, _, _ = load(saved)
+    assert (encoder.eos, encoder.bos) == (eos, bos)
 
 
 CASES = [*zip(huggingface.ENDS, WRITTEN["ends"], strict=True)]
 
 
-@pytest.mark.parametrize("files, texts", CASES)
+@pytest.mark.parametrize(("files", "texts"), CASES)
 def test_texts_start_and_end_where_those_of_transformers_do(files, texts, tmp_path):
     huggingface.with_fields(tmp_path, files)
     for prompt, text in texts.items():
         assert main(prompt, 40, tmp_path.name, str(tmp_path.parent)) == text
-
-
-@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}])
-def test_an_index_of_weights_that_is_damaged_is_an_error(weight_map, saved):
-    (saved / "model.safetensors").unlink()
-    index = saved / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises((OSError, ValueError), match=r"weight_map|No such file|missing"):
-        load(saved)
-
-
-@pytest.mark.parametrize("bos, start", [(50256, [299]), (None, [299]), (5, [5])])
-def test_an_empty_prompt_starts_from_bos_or_endoftext(bos, start, saved):
-    write_config(saved, bos_token_id=bos)
-    assert load(saved)[0].bos == start
-
-
-UNREADABLE = {
-    "pytorch_model.bin": r"two lines:\nmodel = .*from_pretrained.*\nmodel\.save_pretrained",
-    "pytorch_model-00001-of-00002.bin": r"two lines:\n",
-    "adapter_config.json": "is a LoRA adapter. Merge it",
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_a_model_of_another_kind_is_told_with_what_to_do(name, saved):
-    (saved / "model.safetensors").unlink()
-    (saved / name).write_text("{}")
-    with pytest.raises(ValueError, match=UNREADABLE[name]):
-        load(saved)
-
-
-@pytest.mark.parametrize("name", [None, "vocab.txt", "spiece.model"])
-def test_a_folder_without_a_tokenizer_is_told_which_are_understood(name, saved):
-    (saved / "tokenizer.json").unlink()
-    if name:
-        (saved / name).write_text("")
-    with pytest.raises(ValueError, match=r"no tokenizer that is understood.*tokenizer\.json, or"):
-        load(saved)
-
-
-def test_with_both_layouts_in_a_folder_hugging_faces_is_read(openai_folder, saved):
-    shutil.copytree(openai_folder, saved, dirs_exist_ok=True)
-    (saved / INDEX).write_bytes(b"")
-    assert_logits_are_recorded(saved.rename(saved.with_name("124M")))
-
-
-def test_loading_needs_none_of_what_downloads(run):
-    code = "import sys\nfor name in ('filelock', 'requests', 'tensorflow', 'tqdm', 'urllib3',"
-    code += " 'safetensors'):\n    sys.modules[name] = None\n"
-    code += "import gpt2; print(repr(gpt2.main('ROMEO:', 8, '1M')))"
-    assert run(code=("-c", code)).stdout == f"{main('ROMEO:', 8, '1M', str(ROOT / 'models'))!r}\n"
