@@ -44,15 +44,7 @@ COMPUTED |= {"scale_attn_by_inverse_layer_idx": False, "quantization_config": No
 # NumPy's names for the types of safetensors, and for those of TensorFlow, which are numbers. NumPy
 # has no bfloat16: it is read as whole numbers of the same size.
 TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", 1: "<f4", 19: "<f2", 14: "<u2"}
-
-# What folders of other kinds hold, and what to do about it.
-UNREADABLE = {
-    "adapter_config.json": "{folder} is a LoRA adapter. Merge it with its base model first: "
-    "peft has merge_and_unload() for that.",
-    "pytorch_model*": "{folder} has its weights as a pickle. Convert them with these two lines:\n"
-    'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")\n'
-    'model.save_pretrained("{folder}")',
-}
+QUOTES = "If a text has several words, put it in quotes."
 
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
@@ -89,10 +81,14 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
 def check_folder(folder):
     """Raise ValueError for a folder with a model of a kind that is not read, and say what to do."""
-    readable = any(folder.glob("model*.safetensors")) or any(folder.glob("*.index"))
-    for pattern, advice in UNREADABLE.items():
-        if not readable and any(folder.glob(pattern)):
-            raise ValueError(advice.format(folder=folder))
+    if not any(folder.glob("model*.safetensors*")) and not any(folder.glob("*.index")):
+        if any(folder.glob("adapter_config.json")):
+            raise ValueError(f"{folder} is a LoRA adapter. Merge it with its base model first.")
+        if any(folder.glob("pytorch_model*")):
+            load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+            save = f"model.save_pretrained({str(folder)!r})"
+            advice = f"Convert them with these two lines:\n{load}\n{save}"
+            raise ValueError(f"{folder} has its weights as a pickle. {advice}")
     if not any((folder / name).exists() for name in TOKENIZERS):
         kinds = "tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe"
         raise ValueError(f"{folder} has no tokenizer that is understood. It must have {kinds}.")
@@ -208,17 +204,13 @@ def read_safetensors(folder):
     A file begins with the length of its head in 8 bytes. The head is JSON. For each tensor it has
     the type, the shape, and where the bytes begin and end, counted from the end of the head.
     """
-    index, table = folder / "model.safetensors.index.json", {}
-    names = {"model.safetensors"}
-    if index.exists() and not (folder / "model.safetensors").exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} is damaged: it has no weight_map.")
-        names = {*map(str, weight_map.values())}
-    for path in [folder / name for name in sorted(names)]:
-        content = map_file(path)
-        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-        try:
+    path, table = folder / "model.safetensors.index.json", {}
+    is_split = path.exists() and not (folder / "model.safetensors").exists()
+    try:
+        names = {*read_json(path)["weight_map"].values()} if is_split else {"model.safetensors"}
+        for path in [folder / name for name in sorted(names)]:
+            content = map_file(path)
+            start = 8 + int.from_bytes(content[:8].tobytes(), "little")
             head = json.loads(content[8:start].tobytes())
             head.pop("__metadata__", None)
             for name, entry in head.items():
@@ -226,8 +218,8 @@ def read_safetensors(folder):
                 numbers = content[start + begin : start + end]
                 name = name.removeprefix("transformer.")
                 table[name] = path, str(entry["dtype"]), entry["shape"], numbers
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or cut off: {error!r}") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error!r}") from None
     return table
 
 
@@ -250,9 +242,9 @@ def find_checkpoint(path):
 
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
-    indexes = sorted(path.parent.glob("*.index"), key=os.path.getmtime)
-    if indexes and not path.exists():
-        line = f'model_checkpoint_path: "{indexes[-1].stem}"'
+    if not path.exists():
+        names = [index.stem for index in path.parent.glob("*.index")] or ["model.ckpt"]
+        line = f'model_checkpoint_path: "{names[0]}"'
         raise OSError(f"{path} is missing. It must hold this line: {line}")
     latest = re.search(r'(?m)^model_checkpoint_path: "(.+)"', read_text(path))
     if not latest:
@@ -386,17 +378,16 @@ def fetch(url, path):
     import urllib3
     from tqdm import tqdm
 
-    busy = {"status_forcelist": [408, 429, *range(500, 600)], "retry_after_max": 30}
-    retry = urllib3.Retry(total=4, connect=2, backoff_factor=0.5, **busy)
+    busy = [408, 429, *range(500, 600)]
+    retry = urllib3.Retry(4, 2, backoff_factor=0.5, status_forcelist=busy, retry_after_max=30)
     session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"
     session.mount(url, requests.adapters.HTTPAdapter(max_retries=retry))
-    part = path.with_name(f"{path.name}.part")
-    while True:
+    part, complete = path.with_name(f"{path.name}.part"), False
+    while not complete:
         with open(part, "ab") as file:
             size = file.tell()
             start = max(size - 1, 0)
-            headers = {"Range": f"bytes={start}-"} if start else {}
+            headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-" if start else None}
             try:
                 response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
                 if response.status_code == 416 and start:  # the part is longer than the file
@@ -409,15 +400,12 @@ def fetch(url, path):
                 with tqdm.wrapattr(file, "write", total, desc=path.name, initial=start) as out:
                     while chunk := response.raw.read1(1 << 16):
                         out.write(chunk)
-                break
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                complete = True
+            except (OSError, urllib3.exceptions.HTTPError) as error:
                 if file.tell() <= size:
-                    noise = r".*\(Caused by |.*: (?=\[)| for url: .*"
-                    cause = re.sub(noise, "", str(error)).strip("\"')")
+                    cause = getattr([*error.args, error][0], "reason", error)
                     advice = "Run again to go on from what came. --model_size 1M needs no network."
                     raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
-            except OSError as error:
-                raise OSError(f"{part} cannot be written: {error}") from None
     try:
         check_download(part)
     except ValueError as error:
@@ -454,22 +442,15 @@ def command_line(main):
 
     What `main` returns is printed, or, if it takes an argument `show`, what it gives to that.
     """
-    shown, parameters = [], inspect.signature(main).parameters
-
-    def show(piece):
-        shown.append(piece)
-        print(piece, end="", flush=True)
-
+    arguments = {}
     try:
         for stream in (sys.stdin, sys.stdout):
             if stream and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
                 stream.reconfigure(encoding="utf-8")  # whatever the system's code page is
         sys.stdout.reconfigure(errors="replace")  # for a terminal that knows fewer characters
         arguments = read_arguments(main)
-        if "show" in parameters:
-            arguments["show"] = show
         text = main(**arguments)
-        return print("" if shown else text, flush=True)
+        return print("" if "show" in arguments else text, flush=True)
     except ImportError as error:
         status = f"{error}: pip install -r requirements.txt"
     except BrokenPipeError:  # The reader has enough, as `head` may.
@@ -482,11 +463,10 @@ def command_line(main):
         status = str(error) or "There is not enough memory."
         name = status.split(" ")[0]
         by_flag = any(word.replace("-", "_").startswith(f"__{name}") for word in sys.argv)
-        stray = re.match("Could not consume arg: [^-]", status)
-        if "prompt" in parameters and (stray or (name in parameters and not by_flag)):
-            status += "\nIf the prompt has several words, put it in quotes."
+        if "prompt" in arguments and name in arguments and not by_flag:
+            status += f"\n{QUOTES}"
     try:
-        print(end="\n" if any(shown) else "", flush=True)
+        print(end="\n" if status == 130 else "", flush=True)
     except OSError:  # The rest goes nowhere, so that Python's own end does not fail by it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
@@ -496,8 +476,8 @@ def read_arguments(main):
     """Return what was typed for `main`, by name and as text. Prints help if that was asked for."""
     import fire
 
-    def record(*args, **kwargs):
-        typed.update(signature.bind_partial(*args, **kwargs).arguments)
+    def record(*args, **options):
+        typed.update(signature.bind_partial(*args, **options).arguments)
 
     typed, signature = {}, inspect.signature(main)
     options = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -509,16 +489,17 @@ def read_arguments(main):
     options = [p.replace(default=None) if p.name == "prompt" else p for p in options]
     record.__signature__ = signature.replace(parameters=options)
     fire.parser.DefaultParseValue = str  # Otherwise the prompt 42 would arrive as a number.
-    # Alone, - would be Fire's separator. What follows the last -- would be Fire's own flags.
-    words = ["--prompt=-" if word == "-" else word for word in sys.argv[1:]]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            fire.Fire(record, [*words, "--"])
+            # What follows the last -- are Fire's own flags. Its separator would be -, a prompt.
+            fire.Fire(record, [*sys.argv[1:], "--", "--separator=\0"])
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
-        raise ValueError(f"{fault}\nSee python {sys.argv[0]} --help.") from None
+        raise ValueError(f"{fault}\n{QUOTES} See python {sys.argv[0]} --help.") from None
     if "prompt" in signature.parameters:
         typed["prompt"] = read_prompt(typed.get("prompt"))
+    if "show" in signature.parameters:
+        typed["show"] = functools.partial(print, end="", flush=True)
     return typed
 
 
