@@ -3,28 +3,29 @@
 GPT-2 continues a text. It reads the text as tokens, which are words, parts of words and
 punctuation: "Hello, world!" is "Hello", ",", " world" and "!". Every token in the vocabulary of the
 model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of ids, the model
-returns logits: scores that say how well each token of the vocabulary would fit next. `generate`
-picks a token by these scores, appends its id, and asks the model again.
+returns logits: scores that say how well each token of the vocabulary would fit next. `stream` picks
+a token by these scores, appends its id, and asks the model again. `generate` returns the new ids.
 
-Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
-which runs through the model. At first, a row says which token it is and at which position. Then a
-stack of blocks adds to the rows. In each block, attention adds information from the row itself and
-the rows before it. Then a feed-forward network adds what it computes from each row alone. In the
-end, a row describes the next token. The sizes, with those of 124M (124 million parameters):
+Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream.
+It runs through all blocks, and each block adds to it. At first, a row says which token it stands
+for and at which position. In each block, attention adds to each row what it finds in that row and
+in the rows before. Then a feed-forward network adds what it computes from each row alone. In the
+end, a row describes the next token. The sizes, and their values in the smallest GPT-2, 124M:
 
     n_vocab  tokens in the vocabulary                               50,257
-    n_ctx    tokens in the longest text it can read, the context    1,024
+    n_ctx    the context: the most tokens that a text can have      1,024
     n_embd   numbers in the row of a token                          768
     n_layer  blocks                                                 12
     n_head   attention heads in each block                          12
     d        numbers in a head's query, key and value (see `mha`)   64, that is n_embd / n_head
-    n_seq    tokens that the model reads in this call               as many as `inputs` has
-    n_past   tokens that it has read in earlier calls               0 at first
-    n_q, n_k queries of this call, keys of this and earlier calls   n_seq, n_past + n_seq
+    n_seq    tokens that a call of `gpt2` reads, its `inputs`       7 for a prompt of 7 tokens
+    n_past   tokens that earlier calls have read                    0 in the first call
+    n_q      queries in a call (see `mha`)                          n_seq
+    n_k      keys, with those of earlier calls                      n_past + n_seq
 
-The parameters are the numbers that training has found. They are nested dicts and lists of arrays,
-named as in OpenAI's checkpoints: `wte` and `wpe` (the token and position embeddings: a row for each
-id and for each position), `ln_f` (the final layer norm), and `blocks`, with a dict for each block:
+The parameters are the numbers that training has found, 124 million of them in 124M. They are nested
+dicts and lists of arrays, named as in OpenAI's checkpoints: `wte` and `wpe` (the token and position
+embeddings: a row for each id or position), `ln_f` (the final layer norm), and, in each of `blocks`:
 
     attn  c_attn  w [n_embd, 3*n_embd]  b [3*n_embd]    makes queries, keys and values
           c_proj  w [n_embd, n_embd]    b [n_embd]      projection: mixes what the heads found
@@ -33,11 +34,10 @@ id and for each position), `ln_f` (the final layer norm), and `blocks`, with a d
     ln_1, ln_2    g [n_embd]            b [n_embd]      layer norms before `attn` and before `mlp`
 
 A block has 12 * n_embd**2 + 13 * n_embd numbers. `attn` goes to the function `mha`, and `mlp`
-(multi-layer perceptron) to `ffn`. `**` passes the entries of a dict by name: `linear(x, **c_fc)` is
-`linear(x, w=c_fc["w"], b=c_fc["b"])`.
+(multi-layer perceptron) to `ffn`. `linear(x, **c_fc)` means `linear(x, w=c_fc["w"], b=c_fc["b"])`.
 
-`generate` reads the whole prompt in its first step, and one new token in each later step. A cache
-keeps the keys and values of all tokens read before. After a prompt of seven tokens, in 124M:
+`stream` reads the whole prompt in its first step, and one new token in each later step. A cache
+keeps the keys and values (see `mha`) of all tokens read before. In 124M, with a prompt of 7 tokens:
 
                                         step 1          step 2
     inputs                              7 ids           1 id
@@ -46,12 +46,12 @@ keeps the keys and values of all tokens read before. After a prompt of seven tok
     k and v, with those in the cache    [12, 7, 64]     [12, 8, 64]
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
     hidden, in `ffn`                    [7, 3072]       [1, 3072]
-    logits, of the last token only      [1, 50257]      [1, 50257]
+    logits, after the last token only   [1, 50257]      [1, 50257]
 
-Each function but `main` needs only NumPy and the functions that it calls. All run on JAX if
-`import jax.numpy as np` takes the place of the line below. JAX compiles, batches and differentiates
-functions that return new arrays and change none in place. Without a cache, `gpt2` and those that it
-calls do so. With one, `mha` writes into it. JAX's arrays forbid that, so the cache is NumPy's then.
+The sixty lines are the code before `main`. Each function in them needs only NumPy and the functions
+that it calls. All run on JAX if `import jax.numpy as np` takes the place of the line below. JAX can
+compile, batch and differentiate functions that change no array in place. With a cache, `mha` writes
+into the cache, so `stream` makes the cache with NumPy. Nothing else here changes an array.
 """
 
 import numpy as np
@@ -63,7 +63,7 @@ def gelu(x):
     """Keep large positive numbers, and turn large negative numbers into almost 0.
 
     The Gaussian error linear unit is a smooth form of `np.maximum(x, 0)`. The formula with tanh is
-    Hendrycks and Gimpel's approximation (2016), as in OpenAI's code. `x**3` would be slower.
+    Hendrycks and Gimpel's approximation (2016), as in OpenAI's code. `x**3` is slower than `x*x*x`.
 
     >>> gelu(np.array([-2.0, 0.0, 2.0])).round(4)
     array([-0.0454,  0.    ,  1.9546])
@@ -83,7 +83,7 @@ def softmax(x):
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, then apply `g` and `b`.
+    """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, multiply by `g`, and add `b`.
 
     "Norm" means normalisation here, not the length of a vector. The next layer gets numbers of the
     same scale, however large `x` has grown. Training has found the gain `g` and the bias `b`. `eps`
@@ -117,20 +117,20 @@ def attention(q, k, v, mask):
     """For each query, return the average of the values, weighted by how well their keys match.
 
     A Python dict returns the one value whose key equals the query. Attention is a dict in which
-    every key matches a little. The score of a query and a key is their dot product, and softmax
-    turns the scores of one query into weights.
+    every key matches a little. The score of a query and a key is their dot product. `mask` is added
+    to the scores, where -1e10 hides a key. Softmax turns the scores of one query into weights.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
-    >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # this query matches the first key
+    >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
     array([[10.]])
-    >>> attention(np.array([[1.0, 1.0]]), k, v, mask=0.0)  # this one matches both equally
+    >>> attention(np.array([[1.0, 1.0]]), k, v, mask=0.0)  # the same score with both keys
     array([[15.]])
     >>> attention(np.array([[1.0, 1.0]]), k, v, mask=np.array([[-1e10, 0.0]]))  # first key hidden
     array([[20.]])
 
     The shapes are `q` `[..., n_q, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_q, n_k]`. A score is
-    a sum of d products of either sign. They cancel in part, so its size grows as the root of d.
-    Without dividing by that root, `exp` in softmax would often give one key almost all the weight.
+    a sum of d products of either sign, which partly cancel. So a typical score grows as the root of
+    d. Without dividing by that root, one value would often make up almost the whole average.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v
@@ -140,13 +140,14 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     """Multi-head attention: each row of `x` `[n_seq, n_embd]` sees itself and the rows before it.
 
     `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
-    says what the row has to offer. The value is what the row gives to those that find it. Each of
-    the three is cut into `n_head` pieces of d numbers. A head is one attention, with its own piece
-    of each. So every head can look for something else, and `c_proj` mixes what the heads found.
+    says what the row has to offer. The value is what goes to the rows whose query matches the key.
+    Each vector is cut into `n_head` pieces of d numbers. The first head does attention with the
+    first pieces, the second head with the second ones, and so on. So each head can look for
+    something different, and `c_proj` mixes what they found.
 
-    `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. It begins with the keys
-    and values of earlier tokens, and `mha` writes those of `x` into the rest. The earlier ones stay
-    valid, because in every layer the mask lets a row depend on its own and earlier tokens only.
+    `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
+    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. In every
+    block, the mask hides later tokens from a row. So no new token changes earlier keys and values.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -154,47 +155,46 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     if kv is not None:
         kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
         k, v = kv  # [n_head, n_k, d] each
-    # The third argument is n_past. A row of `np.tri` has 1 for all past keys and for the keys of
-    # this call up to the query's own, then 0. Minus 1 and times 1e10 (as in OpenAI's code), these
-    # are 0 and -1e10, so later keys get no weight. The factor is finite: 0 * infinity is NaN.
+    # `np.tri` makes a row for each query. Its third argument is n_past. A row has 1 for each key
+    # that the query may see (past keys, and this call's up to its own), then 0. `- 1` and `* 1e10`
+    # (OpenAI's factor) turn 1 into 0, and 0 into -1e10. Not infinity, because 0 * infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
-    return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)
+    return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)  # heads side by side
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient (how each number should change) goes back from the last block to the first, and a
-    sum passes it on as it is. A norm of `x` itself, as in GPT-1, would rescale both in every block.
-    So attention and `ffn` each get a normalised copy, and `x` is only added to.
+    the gradient (how each number should change) goes back from the last block to the first. A sum
+    passes the gradient on unchanged. GPT-1 normalised `x` itself, so every block rescaled both `x`
+    and the gradient. Here, attention and `ffn` get a normalised copy, and `x` is only added to.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
-    """Return logits `[n_seq, n_vocab]`: for each of the ids `inputs`, what fits after it.
+    """Return logits `[n_seq, n_vocab]`: row i says how well each token fits after inputs[: i + 1].
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Attention compares what two rows contain,
-    not where they are. So each row gets a row of `wpe` `[n_ctx, n_embd]` added for its position.
+    not where they are. So each token also gets the row of `wpe` `[n_ctx, n_embd]` for its position.
 
-    In the end, a row describes the next token, and its dot product with the row of `wte` for any
-    token is the logit of that token. Large rows would make extreme logits, so `ln_f` first brings
-    all rows to one scale. `wte` may serve at both ends, because its row for a token says what the
-    token means, whether it is read or predicted.
+    In the end, a row describes the next token. The logit of any token is the dot product of this
+    row and that token's row of `wte`. Large rows would make extreme logits, so `ln_f` first brings
+    all rows to one scale. `wte` may serve at both ends, because a token means the same at both.
 
-    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. Its fourth axis,
-    less the length of `inputs`, is `n_past`. With a cache, only the last row of logits comes back,
+    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. So `n_past` is
+    the size of its fourth axis minus `n_seq`. With a cache, only the last row of logits comes back,
     `[1, n_vocab]`, because that row alone decides on the next token.
     """
     # Without a cache, no tokens were read before, all rows are wanted, and no block has a `kv`.
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # In JAX, `inputs` may be a placeholder without numbers yet. A NumPy `wte[inputs]` would fail,
-    # but JAX's `take` works. It refuses lists, so `np.asarray` turns `inputs` into an array first.
+    # While JAX compiles, `inputs` is a placeholder without numbers. A NumPy array cannot be indexed
+    # with it, so `wte[inputs]` would fail. JAX's `take` works, but not with a list: `np.asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -205,11 +205,11 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
 
 
 def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
-    """Sample an id, by the probabilities that softmax makes of the logits `[n_vocab]` of a token.
+    """Sample an id, by the probabilities that softmax makes of one row of logits `[n_vocab]`.
 
-    First, `top_k` keeps that many of the likeliest ids. Then their logits are divided by the
-    temperature: below 1, likely ids become even likelier, and above 1, unlikely ids get more of a
-    chance. Last, `top_p` keeps the likeliest, until their probabilities add up to `top_p` or more.
+    First, only the `top_k` likeliest ids stay. Then their logits are divided by the temperature:
+    below 1, likely ids become even likelier, and above 1, unlikely ids get more of a chance. Last,
+    only the likeliest of these ids stay, just enough for a probability of `top_p` or more together.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -218,10 +218,10 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64, for long sums
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` says where the part of each id ends on a line from 0. A random point picks the first
-    # part that ends beyond it. The point can be 0 but never the last end. Hence `>`, not `>=`.
+    # On a line from 0 to the last total, each id has a part, and `totals` are the ends. The random
+    # point can be at 0, not at the last end. So a part has its start, not its end: `>`, not `>=`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -230,10 +230,10 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
 
     `pick` gets the logits `[n_vocab]` and returns an id. The default, `np.argmax`, is greedy: it
     takes the likeliest. The cache spares the model from reading a token twice. In 124M, a cache for
-    1,024 tokens takes 72 MiB: 12 layers x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
+    1,024 tokens takes 72 MiB: 12 blocks x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
 
     Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
-    `wte`, if prompt and new tokens do not fit the context, or if their number is below 0.
+    `wte`, if `n_tokens_to_generate` is below 0, or if prompt and new tokens exceed the context.
     """
     from numpy import empty  # not JAX's, whose arrays cannot be written into
 
@@ -242,7 +242,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     if not len(inputs) or min(inputs) < 0 or max(inputs) >= len(params["wte"]):
         raise ValueError("The prompt is empty, or it has an id without a row in wte.")
     if n_total not in range(len(inputs), n_ctx + 1):
-        raise ValueError(f"The prompt leaves room for {n_ctx - len(inputs):,} of {n_ctx:,} tokens.")
+        raise ValueError(f"The prompt leaves room for {max(n_ctx - len(inputs), 0):,} tokens.")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
     for n_k in range(len(inputs), n_total):
         # This slice is a view of the cache, so what `mha` writes into it stays in the cache.
@@ -253,7 +253,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, pick=np.argmax):
-    """Return the list of ids that follow `inputs`. The default is greedy. To sample:
+    """Return the list of ids that `stream` yields. The default `pick` is greedy. To sample:
 
     random = np.random.default_rng(1)
     generate(inputs, params, n_head, 20, lambda logits: sample(logits, random, temperature=0.8))
@@ -270,12 +270,12 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: the folder of the models; OpenAI's are downloaded into it when first used
-        temperature: with 0, take the likeliest token each time; above 0, sample, the higher the
-            more freely. If not given: 0, or 1 with --top_k, --top_p or --seed
+        temperature: with 0, take the likeliest token each time; above 0, sample: the higher, the
+            more often unlikely tokens. If not given: 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, enough to reach this probability together
         seed: a whole number; the same seed gives the same text again
-        show: in Python, a function that gets each piece of text as soon as it is there
+        show: in Python, called with each piece of text as it comes; the default, str, shows nothing
     """
     from itertools import takewhile
 
@@ -284,7 +284,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt, "all") or encoder.bos  # "all": special tokens too
+    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens too; bos starts a text
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []

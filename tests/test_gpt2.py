@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import huggingface
 import numpy as np
 import pytest
-from conftest import ROOT, leaves
+from conftest import ROOT
 
 import gpt2
-from gpt2 import attention, generate, layer_norm, mha, sample, softmax, stream
+from gpt2 import attention, generate, layer_norm, sample, stream
 
 FUNCTIONS = [function for _, function in inspect.getmembers(gpt2, inspect.isfunction)]
 MODELS = str(ROOT / "models")
@@ -64,16 +64,6 @@ def test_generate_equals_the_plain_loop_up_to_the_last_position(small, n_prompt)
     assert len(set(looped)) > 8  # The text does not repeat itself.
 
 
-def test_generate_is_greedy_by_default(bundled):
-    encoder, hparams, params = bundled
-    looped = encoder.encode("But, soft!")
-    new = generate(looped, params, hparams["n_head"], 12)
-    for id in new:
-        assert gpt2.gpt2(looped, **params, n_head=hparams["n_head"])[-1].argmax() == id
-        looped.append(id)
-    assert len(set(new)) > 8
-
-
 def test_a_stream_fills_the_context_one_step_at_a_time(small, monkeypatch):
     params, n_head, ids = small
     steps, step = [], gpt2.gpt2
@@ -89,7 +79,14 @@ def test_a_stream_fills_the_context_one_step_at_a_time(small, monkeypatch):
     assert first + list(new) == generate(ids[:9], params, n_head, 7, drawn())
 
 
-def test_a_stream_sees_the_same_logits_as_without_a_cache(small):
+def test_generate_is_greedy_by_default(small):
+    params, n_head, ids = small
+    new = generate(ids[:4], params, n_head, 12)
+    logits = gpt2.gpt2(ids[:4] + new, **params, n_head=n_head)[3:-1]
+    assert new == logits.argmax(axis=-1).tolist()
+
+
+def test_generate_picks_by_the_same_logits_as_without_a_cache(small):
     """The precision is the same too: a cache in float16 would show here."""
     params, n_head, ids = small
     seen = []
@@ -108,13 +105,11 @@ def test_a_cache_gives_the_last_logits_for_every_split_of_the_ids(small):
         np.testing.assert_allclose([first[0], rest[0]], logits[[n_first - 1, -1]], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array])
-def test_ids_may_be_a_list_a_tuple_or_an_array_and_are_not_changed(small, kind):
+@pytest.mark.parametrize("kind", [tuple, np.array])
+def test_ids_may_be_a_tuple_or_an_array(small, kind):
     params, n_head, ids = small
-    inputs = kind(ids[:9])
     expected = generate(ids[:9], params, n_head, 6, drawn())
-    assert generate(inputs, params, n_head, 6, drawn()) == expected
-    assert list(inputs) == ids[:9]
+    assert generate(kind(ids[:9]), params, n_head, 6, drawn()) == expected
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -123,14 +118,6 @@ def test_a_batch_of_ids_is_an_error(small, cached):
     cache = np.zeros((2, 2, n_head, 16, 4), np.float32) if cached else None
     with pytest.raises(ValueError, match=r"unpack|broadcast"):
         gpt2.gpt2([ids], **params, n_head=n_head, cache=cache)
-
-
-def test_parameters_are_not_changed(small):
-    params, n_head, ids = small
-    before = [leaf.copy() for leaf in leaves(params)]
-    generate(ids[:9], params, n_head, 3)
-    assert len(before) == 4 + 12 * 2
-    assert all((a == b).all() for a, b in zip(before, leaves(params), strict=True))
 
 
 def test_float32_stays_float32_in_every_function(small, monkeypatch):
@@ -166,21 +153,9 @@ def test_attention_takes_one_head_or_any_number_of_heads(small):
     np.testing.assert_allclose(together[:, :, 0], v[:, :, 0])
 
 
-def test_a_head_count_that_does_not_divide_the_width_is_an_error(small):
-    block = small[0]["blocks"][0]
-    with pytest.raises(ValueError, match="reshape"):
-        mha(np.ones((3, 12), np.float32), **block["attn"], n_head=5)
-
-
 def test_layer_norm_of_equal_numbers_is_the_bias():
     rows = layer_norm(np.full((2, 4), 7.0), g=np.ones(4), b=np.arange(4.0))
     assert rows.tolist() == [[0, 1, 2, 3]] * 2
-
-
-def test_softmax_does_not_change_its_argument():
-    x = np.array([[1.0, 2.0], [3.0, 1e10]])
-    softmax(x)
-    assert x.tolist() == [[1.0, 2.0], [3.0, 1e10]]
 
 
 def test_large_activations_give_no_warning_and_no_nan(small):
@@ -192,16 +167,10 @@ def test_large_activations_give_no_warning_and_no_nan(small):
         assert gpt2.gelu(np.float32([-1e4, 1e4])).tolist() == [0, 1e4]
 
 
-@pytest.mark.parametrize("count", [-1, "x", "", None, 1.5, True, "-3", "1e2", "²", "½"])
-def test_a_count_that_is_not_a_whole_number_is_an_error(count):
-    with pytest.raises(ValueError, match="n_tokens_to_generate must be a whole number"):
-        gpt2.main("x", count, "124M", "nowhere")  # before anything is downloaded
-
-
 @pytest.mark.parametrize(("n_prompt", "count"), [(4, 13), (16, 1), (4, -1), (4, 1.5), (17, 0)])
 def test_a_count_that_does_not_fit_into_the_context_is_an_error(small, n_prompt, count):
     params, n_head, ids = small
-    with pytest.raises(ValueError, match=rf"room for .*{16 - n_prompt}\b"):
+    with pytest.raises(ValueError, match=f"room for {max(16 - n_prompt, 0)} tokens"):
         generate((ids + ids)[:n_prompt], params, n_head, count)
 
 
@@ -210,9 +179,6 @@ def test_an_empty_prompt_or_an_id_without_a_row_is_an_error(small, inputs):
     params, n_head, _ = small
     with pytest.raises(ValueError, match=r"^The prompt is empty, or it has an id without a row"):
         generate(inputs, params, n_head, 1)
-
-
-LOGITS = np.float32([2.0, -1.0, 0.5, 3.0, 0.5, 1.0, -4.0, 2.5])
 
 
 @pytest.mark.parametrize("warp", huggingface.WARPS, ids=str)
@@ -226,32 +192,18 @@ def test_limits_give_the_probabilities_of_hugging_faces_warpers(warp):
         np.testing.assert_allclose(shares, expected, atol=2e-4)
 
 
-def test_the_same_seed_samples_the_same_text(small):
-    params, n_head, ids = small
-    texts = [generate(ids[:2], params, n_head, 14, drawn(seed)) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+LIMITS = [{"temperature": temperature} for temperature in (0, -1.0, np.nan)]
+LIMITS += [{"top_k": 0}, {"top_k": -2}, {"top_p": -0.1}, {"top_p": 1.1}, {"top_p": np.nan}]
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [
-        *({"temperature": temperature} for temperature in (0, -1.0, np.nan)),
-        *({"top_k": top_k} for top_k in (0, -2)),
-        *({"top_p": top_p} for top_p in (-0.1, 1.1, np.nan)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_limits_out_of_range_are_an_error(limits):
     with pytest.raises(ValueError, match="temperature must be above 0, top_k 1 or more"):
-        sample(LOGITS, np.random.default_rng(0), **limits)
-
-
-def test_zero_tokens_are_an_empty_list(small):
-    assert generate(small[2], *small[:2], 0) == []
+        sample(np.float32([2.0, -1.0, 0.5]), np.random.default_rng(0), **limits)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_each_function_works_beside_numpy_and_the_functions_it_calls(function, small, bundled):
+def test_each_function_needs_only_numpy_and_those_it_calls_and_changes_no_argument(function, small):
     """Paste it and the functions that it calls into an empty namespace, and compare."""
     params, n_head, ids = small
     block = params["blocks"][0]
@@ -267,7 +219,7 @@ def test_each_function_works_beside_numpy_and_the_functions_it_calls(function, s
         "mha": (x, *block["attn"].values(), n_head),
         "transformer_block": (x, *(block[name] for name in names), n_head),
         "gpt2": (ids, *(params[name] for name in ("wte", "wpe", "blocks", "ln_f")), n_head),
-        "sample": (x[0], np.random.default_rng(0)),
+        "sample": (x[0], SimpleNamespace(random=lambda: 0.5)),
         "stream": (ids[:5], params, n_head),
         "generate": (ids[:5], params, n_head, 3),
         "main": ("ROMEO:", 3, "1M", MODELS),
@@ -281,24 +233,16 @@ def test_each_function_works_beside_numpy_and_the_functions_it_calls(function, s
     pasted, original = namespace[function.__name__], function
     if function is stream:
         pasted, original = (lambda *args, f=f: list(f(*args)) for f in (pasted, original))
-    again = copy.deepcopy(arguments)  # `sample` changes its random generator
-    np.testing.assert_array_equal(pasted(*arguments), original(*again))
+    before = copy.deepcopy(arguments)
+    np.testing.assert_array_equal(pasted(*arguments), original(*arguments))
+    np.testing.assert_equal(arguments, before)
 
 
 def lines_of_code(source):
     """The numbers of the lines that are not blank, comments or docstrings."""
-    docstrings = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node)
-        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
-    }
-    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    code = (tokenize.NAME, tokenize.NUMBER, tokenize.OP)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {
-        line for t in tokens if t.type not in blank for line in range(t.start[0], t.end[0] + 1)
-    }
-    return lines - docstrings - {source.count("\n") + 1}
+    return {token.start[0] for token in tokens if token.type in code}
 
 
 def test_the_file_has_sixty_lines_of_code_with_one_statement_each():
@@ -312,12 +256,6 @@ def test_the_file_has_sixty_lines_of_code_with_one_statement_each():
     assert source.count("\n") <= 300
     assert max(map(len, source.splitlines())) <= 100
     assert len(statements) == len(set(statements))
-
-
-def test_numpy_is_the_only_import_at_the_top():
-    body = ast.parse(inspect.getsource(gpt2)).body
-    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(n) for n in imports] == ["import numpy as np"]
 
 
 def test_main_writes_forty_tokens_of_124m_greedily_by_default():
