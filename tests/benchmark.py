@@ -6,6 +6,7 @@ Decoding is greedy, in float32, with one prompt at a time. Every token needs eve
 the limit is the read speed of the memory, measured in the same run, divided by the weights' size.
 """
 
+import collections
 import json
 import os
 import platform
@@ -44,17 +45,13 @@ LOAD = "import sys, utils; utils.load_encoder_hparams_and_params(*sys.argv[1:])"
 
 
 def main(model_size="124M", models_dir=None, rounds=5):
-    """Print speed and memory as medians of all rounds, and their ratios.
+    """Print speed and memory as medians of all rounds.
 
     Args:
         model_size: 124M, 355M, 774M or 1558M
         models_dir: the folder of that model; without it, random weights are used
         rounds: how often each figure is measured
     """
-    if model_size not in SIZES:
-        raise ValueError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
-    if not (util.find_spec("torch") and util.find_spec("transformers")):
-        print("To have transformers in the table: pip install torch transformers", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         if models_dir is None:
             models_dir = folder
@@ -65,46 +62,33 @@ def main(model_size="124M", models_dir=None, rounds=5):
 
 def table(model_size, models_dir, rounds):
     """Take all systems in turn, and return the figures in Markdown."""
-    first = [command("-c", LOAD, model_size, models_dir)]
-    numbers = [*Path(models_dir, model_size).glob("model*.*")]
-    size = max(path.stat().st_size for path in numbers)
-    names = ["this repository"]
-    if util.find_spec("torch") and util.find_spec("transformers"):
-        names.append("transformers")
+    has_both = util.find_spec("torch") and util.find_spec("transformers")
+    names = ["this repository", "transformers"] if has_both else ["this repository"]
     systems = {name: worker(name, model_size, models_dir) for name in names}
-    memory, limits, seen = worker(), [], {}
+    size = max(path.stat().st_size for path in Path(models_dir, model_size).glob("model*.*"))
+    memory, limits, seen = worker(), [], collections.defaultdict(list)
     for _ in range(rounds):
         limits.append(memory.submit(read_speed).result() / size)
-        for cell in product(FIGURES, names):
-            figure, name = cell
-            value = systems[name].submit(timed, *FIGURES[figure]).result()
-            seen.setdefault(cell, []).append(value)
+        for figure, name in product(FIGURES, names):
+            seen[figure, name].append(systems[name].submit(timed, *FIGURES[figure]).result())
     for pool in (memory, *systems.values()):
         pool.shutdown()
-    whole = [command("gpt2.py", "x", 40, model_size, models_dir) for _ in range(rounds)]
 
-    rows = [["", *names, *(f"times {name}" for name in names[1:]), "of the limit"], ["---"] * 5]
-    for figure in FIGURES:
-        faster = 1 if FIGURES[figure][1] else -1  # a higher rate is faster, a longer time slower
-        values = [seen[figure, name] for name in names]
-        ratios = [ratio(values[0], other, faster) for other in values[1:]]
-        of_limit = ratio(values[0], limits, 1) if faster > 0 else ""
-        rows.append([figure, *(f"{median(times):.3g}" for times in values), *ratios, of_limit])
-    lines = ["| " + " | ".join(row[: len(rows[0])]) + " |" for row in rows]
+    lines = [f"| | {' | '.join(names)} | of the limit |", "| --- " * (2 + len(names)) + "|"]
+    for figure, (_, n_steps) in FIGURES.items():
+        shares = np.divide(seen[figure, names[0]], limits)  # in each round: machines change speed
+        cells = [f"{median(seen[figure, name]):.3g}" for name in names]
+        lines.append(f"| {' | '.join([figure, *cells, f'{median(shares):.2f}' * bool(n_steps)])} |")
     lines += ["", f"- the limit: {median(limits):.3g} tokens/s"]
-    for what, runs in {"whole command, 40 tokens": whole, "load": first}.items():
-        seconds, peak = (median(column) for column in zip(*runs, strict=True))
+    for what, words in {"load": ("-c", LOAD), "whole command": ("gpt2.py", "x", 40)}.items():
+        runs = [command(*words, model_size, models_dir) for _ in range(rounds)]
+        seconds, peak = map(median, zip(*runs, strict=True))
         lines.append(f"- {what}: {seconds:.2f} s, peak memory {peak:.0f} MB")
-    lines.append(f"- the weights: {size / 1e6:.0f} MB; {rounds} rounds")
-    packages = [p for p in ("numpy", "torch", "transformers") if util.find_spec(p)]
-    versions = [f"{package} {metadata.version(package)}" for package in packages]
+    packages = [name for name in ("numpy", "torch", "transformers") if util.find_spec(name)]
+    versions = [f"{name} {metadata.version(name)}" for name in packages]
     versions += [f"Python {platform.python_version()}", f"{os.cpu_count()} processors"]
+    lines.append(f"- the weights: {size / 1e6:.0f} MB; {rounds} rounds")
     return "\n".join([*lines, f"- {platform.machine()}, {', '.join(versions)}"])
-
-
-def ratio(ours, others, power):
-    """Compare round by round, since a machine's speed drifts; above 1, ours is faster."""
-    return f"{median((a / b) ** power for a, b in zip(ours, others, strict=True)):.2f}"
 
 
 def worker(*system):
@@ -112,10 +96,10 @@ def worker(*system):
     return ProcessPoolExecutor(1, get_context("spawn"), start if system else None, system)
 
 
-def start(name, *model):
+def start(name, model_size, models_dir):
     """Load a system into this process."""
     global decode
-    decode = {"this repository": ours, "transformers": transformers}[name](*model)
+    decode = transformers(model_size) if name == "transformers" else ours(model_size, models_dir)
 
 
 def ours(model_size, models_dir):
@@ -132,7 +116,7 @@ def ours(model_size, models_dir):
     return decode
 
 
-def transformers(model_size, _):
+def transformers(model_size):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -174,9 +158,8 @@ def read_speed():
 def command(*arguments):
     """Run Python from the root; returns its seconds and its peak memory in MB."""
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    words = [sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -187,16 +170,15 @@ def command(*arguments):
 
 def write_model(folder, n_embd, n_head, n_layer):
     """Write random weights, and a vocabulary of GPT-2's size, in Hugging Face's layout."""
-    sizes = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head}
+    config = {"n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     tensors, random = {}, np.random.default_rng(0)
 
     def leaf(name, *shape):
         tensors[huggingface_name(name)] = random.standard_normal(shape, np.float32) / 50
 
-    build_params(sizes | {"n_layer": n_layer}, leaf)
+    build_params({"n_vocab": 50257, "n_ctx": 1024} | config, leaf)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    config = {"n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     (folder / "config.json").write_text(json.dumps(config))
     characters = list(bytes_to_unicode().values())
     merges = list(islice(product(characters, repeat=2), 50000))

@@ -203,7 +203,7 @@ def test_limits_out_of_range_are_an_error(limits):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_each_function_needs_only_numpy_and_those_it_calls_and_changes_no_argument(function, small):
+def test_each_function_works_beside_numpy_and_changes_no_argument(function, small):
     """Paste it and the functions that it calls into an empty namespace, and compare."""
     params, n_head, ids = small
     block = params["blocks"][0]

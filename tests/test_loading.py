@@ -196,6 +196,11 @@ def test_sizes_that_do_not_fit_the_tensors_are_an_error(field, value, message, o
         load(openai)
 
 
+def test_a_model_may_have_one_layer_and_one_head(openai):
+    edit_json(openai / "hparams.json", {"n_layer": 1, "n_head": 1})
+    assert_same(load(openai)[2], PARAMS | {"blocks": PARAMS["blocks"][:1]})
+
+
 def test_a_missing_checkpoint_file_is_told_with_the_line_it_must_hold(openai):
     (openai / INDEX).rename(openai / "model-500.index")
     (openai / "checkpoint").unlink()
