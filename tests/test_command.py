@@ -143,8 +143,8 @@ def test_a_value_out_of_range_is_told_with_the_limits_of_that_option(option):
         message = re.escape(f"{option} must be {limits}, not {value!r}")
         with pytest.raises(ValueError, match=f"^{message}$"):
             gpt2.main("x", **{option: value}, models_dir="nowhere")  # before anything is loaded
-    result = run("x", f"--{option}", "-x")
-    assert is_one_line(result) and result.err == f"{option} must be {limits}, not '-x'\n"
+    result = run("x", f"--{option}", "z")
+    assert is_one_line(result) and result.err == f"{option} must be {limits}, not 'z'\n"
 
 
 def test_too_many_tokens_are_told_with_the_number_that_would_fit():
