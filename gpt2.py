@@ -51,7 +51,7 @@ keeps the keys and values (see `mha`) of all tokens read before. In 124M, with a
 The sixty lines are the code before `main`. Each function in them needs only NumPy and the functions
 that it calls. All run on JAX if `import jax.numpy as np` takes the place of the line below. JAX can
 compile, batch and differentiate functions that change no array in place. With a cache, `mha` writes
-into the cache, so `stream` makes the cache with NumPy. Nothing else here changes an array.
+into the cache. JAX's arrays forbid that, so the cache is NumPy's. Nothing else changes an array.
 """
 
 import numpy as np
@@ -156,7 +156,7 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
         kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
         k, v = kv  # [n_head, n_k, d] each
     # `np.tri` makes a row for each query. Its third argument is n_past. A row has 1 for each key
-    # that the query may see (past keys, and this call's up to its own), then 0. `- 1` and `* 1e10`
+    # that the query may see (the key of its own token, and all before), then 0. `- 1` and `* 1e10`
     # (OpenAI's factor) turn 1 into 0, and 0 into -1e10. Not infinity, because 0 * infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
@@ -193,8 +193,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # While JAX compiles, `inputs` is a placeholder without numbers. A NumPy array cannot be indexed
-    # with it, so `wte[inputs]` would fail. JAX's `take` works, but not with a list: `np.asarray`.
+    # While JAX compiles, `inputs` is a placeholder without numbers. If `wte` is a NumPy array, the
+    # lookup `wte[inputs]` fails. JAX's `take` works. It takes no list, so `np.asarray` comes first.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -221,7 +221,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # On a line from 0 to the last total, each id has a part, and `totals` are the ends. The random
-    # point can be at 0, not at the last end. So a part has its start, not its end: `>`, not `>=`.
+    # point can be at 0, not at the last end. So a part includes its start, not its end: hence `>`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
