@@ -185,8 +185,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     row and that token's row of `wte`. Large rows would make extreme logits, so `ln_f` first brings
     all rows to one scale. `wte` may serve at both ends, because a token means the same at both.
 
-    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. So `n_past` is
-    the size of its fourth axis minus `n_seq`. With a cache, only the last row of logits comes back,
+    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. This function
+    finds `n_past` by that shape. With a cache, only the last row of logits comes back,
     `[1, n_vocab]`, because that row alone decides on the next token.
     """
     # Without a cache, no tokens were read before, all rows are wanted, and no block has a `kv`.
@@ -220,8 +220,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # On a line from 0 to the last total, each id has a part, and `totals` are the ends. The random
-    # point can be at 0, not at the last end. So a part includes its start, not its end: hence `>`.
+    # On a line from 0 to `totals[-1]`, each id has a part that ends at the total of that id. The
+    # product below can be 0, but not `totals[-1]`. So a part includes its start, not its end: `>`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -270,8 +270,8 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: the folder of the models; OpenAI's are downloaded into it when first used
-        temperature: with 0, take the likeliest token each time; above 0, sample: the higher, the
-            more often unlikely tokens. If not given: 0, or 1 with --top_k, --top_p or --seed
+        temperature: with 0, take the likeliest token each time; above 0, sample: a higher number
+            makes unlikely tokens likelier. If not given: 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, enough to reach this probability together
         seed: a whole number; the same seed gives the same text again
