@@ -83,7 +83,7 @@ def typed(monkeypatch, capsys):
     return typed
 
 
-def test_the_text_appears_piece_by_piece_and_nothing_else_does():
+def test_the_text_is_printed_piece_by_piece_and_nothing_else_is():
     code = "import sys, gpt2, utils; flush = sys.stdout.flush\n"
     code += "sys.stdout.flush = lambda: sys.stdout.write('|') and flush()\n"
     result = run(VERSE, *TINY, code=("-c", code + "utils.command_line(gpt2.main)"))
@@ -135,14 +135,14 @@ def test_a_prompt_that_ends_in_a_space_gets_a_hint():
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_told_in_a_line_or_two_that_say_what_to_do(line):
+def test_the_message_for_a_mistake_says_what_to_do_in_a_line_or_two(line):
     result = run(*line.split())
     assert (result.returncode, result.out) == (1, "") and result.err.count("\n") <= 2
     assert all(words in result.err for words in MISTAKES[line])
 
 
 @pytest.mark.parametrize("option", LIMITS)
-def test_a_value_out_of_range_is_told_with_the_limits_of_that_option(option):
+def test_the_message_for_a_value_out_of_range_has_the_limits_of_its_option(option):
     limits, values = LIMITS[option]
     for value in values:
         message = re.escape(f"{option} must be {limits}, not {value!r}")
@@ -178,7 +178,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_cleaned():
     assert run(dirty, code=ECHO).out == clean
 
 
-def test_standard_input_that_is_not_utf_8_is_told_in_a_line():
+def test_standard_input_that_is_not_utf_8_is_an_error_in_one_line():
     for settings in ({}, ASCII):
         result = run("-", *TINY, stdin=b"\xff", **settings)
         assert is_one_line(result) and "utf-8" in result.err
@@ -210,7 +210,7 @@ utils.command_line(main)"""
 @posix
 @pytest.mark.parametrize("what", [f"x {shlex.join(TINY)}", "--help"])
 @pytest.mark.parametrize("where", ["| true", "| head -c 0", "> /dev/full"])
-def test_a_text_that_does_not_get_out_ends_quietly_with_a_status(what, where):
+def test_a_text_that_nobody_takes_ends_quietly_with_a_status(what, where):
     if "full" in where and not os.path.exists("/dev/full"):
         pytest.skip("this system has no device that is always full")
     result = shell(f"gpt2 {what} {where}")

@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `server.content`. For a file's name, `server.faults` has the faults of its answers.
 
     A whole number is a status, a fraction is the place where a bit flips, bytes come instead, and
-    "a tenth" of the file is what comes before the line breaks.
+    "a tenth" of the file is what comes before the connection breaks.
     """
 
     def log_message(self, *args): ...
@@ -152,7 +152,7 @@ def test_the_known_digests_are_those_of_openais_vocabulary():
 
 
 @pytest.mark.parametrize("status, tries", [(403, 1), (404, 1), (503, 5)])
-def test_a_refusal_ends_at_once_and_trouble_after_five_tries(status, tries, server, folder):
+def test_a_refusal_ends_at_once_and_a_broken_server_after_five_tries(status, tries, server, folder):
     server.faults[DATA] = itertools.repeat(status)
     with pytest.raises(OSError, match=f"{server.url}/355M/{DATA} did not arrive"):
         download(folder)
@@ -177,7 +177,7 @@ def test_without_a_network_the_message_names_a_model_that_needs_none(server, fol
     assert len(server.pauses) <= 2 and sum(server.pauses) <= 4
 
 
-def test_a_line_that_breaks_after_every_tenth_gets_through_in_one_run(server, folder):
+def test_a_connection_that_breaks_after_every_tenth_brings_the_file_in_one_run(server, folder):
     server.faults[DATA] = itertools.repeat("a tenth")
     download(folder)
     size, n_bytes = len(server.content[DATA]), sum(sent for _, _, sent in server.log)
@@ -198,7 +198,7 @@ def test_a_part_of_any_length_becomes_the_file(part, fault, server, folder):
 
 
 @pytest.mark.parametrize(("name", "fault"), DAMAGE)
-def test_a_damaged_file_never_gets_its_name_and_comes_anew(name, fault, server, tmp_path):
+def test_a_damaged_file_never_gets_its_name_and_is_fetched_anew(name, fault, server, tmp_path):
     server.faults[name] = iter([fault])
     before = utils.FILES[: utils.FILES.index(name)]
     with pytest.raises(OSError, match=rf"{name}.*\n.*deleted\. Run again"):
@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_written_is_named(server):
         assert has(Path(models, "355M"), server)
 
 
-def test_a_line_on_which_nothing_new_comes_is_given_up(server, folder):
+def test_a_connection_that_brings_nothing_new_is_given_up(server, folder):
     (folder / f"{DATA}.part").write_bytes(server.content[DATA][:1000])
     server.faults[DATA] = itertools.repeat("a byte")
     with pytest.raises(OSError, match="did not arrive"):

@@ -184,17 +184,6 @@ def test_a_damaged_file_is_named(name, content, message, tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "missing, asked_for", [("merges.txt", "merges.txt"), ("vocab.json", "tokenizer.json")]
-)
-def test_a_missing_file_is_named(missing, asked_for, tmp_path):
-    write_vocabulary(tmp_path, "vocab.json", "merges.txt")
-    (tmp_path / missing).unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        get_encoder("", tmp_path)
-    assert str(error.value.filename) == str(tmp_path / asked_for)
-
-
 TEXT = "the user: naïve é, <s>the<|endoftext|>user:"
 CONTENT = {"content": "user:", "lstrip": False, "normalized": False, "special": True}
 
@@ -320,7 +309,7 @@ def test_a_byte_without_a_token_is_refused_by_name(text, byte, trained):
 
 
 @pytest.mark.parametrize("text", STRINGS, ids=lambda text: ascii(text[:20]))
-def test_older_and_newer_ways_to_write_it_are_read_alike(text):
+def test_older_and_newer_ways_to_write_a_tokenizer_json_are_read_alike(text):
     library = theirs(["<|endoftext|>", "[PAD]", "<s>"])
     content, ids = json.loads(library.to_str()), library.encode(text).ids
     content["model"]["merges"] = [[*pair] for pair in MERGES]

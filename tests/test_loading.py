@@ -104,7 +104,7 @@ WAYS = {"Adam": {"step": adam}, "two files": {"sharded": True}, "float16": {}, "
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_tensorflow_saves_is_what_tensorflow_reads(way, openai, tf):
+def test_what_tensorflow_saves_is_read_as_tensorflow_reads_it(way, openai, tf):
     kind = tf.as_dtype(way if "float" in way else "float32").as_numpy_dtype
     huggingface.save(openai, {n: w.astype(kind) for n, w in WEIGHTS.items()}, **WAYS[way])
     assert len([*openai.glob("*-of-00002")]) == (2 if way == "two files" else 0)
@@ -193,7 +193,7 @@ def test_a_model_may_have_one_layer_and_one_head(openai):
     assert_same(load(openai)[2], PARAMS | {"blocks": PARAMS["blocks"][:1]})
 
 
-def test_a_missing_checkpoint_file_is_told_with_the_line_it_must_hold(openai):
+def test_the_message_for_a_missing_checkpoint_file_has_the_line_it_must_hold(openai):
     (openai / INDEX).rename(openai / "model-500.index")
     (openai / "checkpoint").unlink()
     with pytest.raises(OSError, match=r'checkpoint is missing.*model_checkpoint_path: "model-500"'):
@@ -231,9 +231,10 @@ def test_a_damaged_file_is_named_in_a_line(layout, name, content, message, reque
 
 
 MISSING = [("openai", name) for name in (DATA, INDEX, "hparams.json", "vocab.bpe")]
+MISSING += [("saved", name) for name in ("model.safetensors", "merges.txt")]
 
 
-@pytest.mark.parametrize(("layout", "name"), [*MISSING, ("saved", "model.safetensors")])
+@pytest.mark.parametrize(("layout", "name"), MISSING)
 def test_a_missing_file_is_named(layout, name, request):
     folder = request.getfixturevalue(layout)
     (folder / name).unlink()
@@ -242,7 +243,7 @@ def test_a_missing_file_is_named(layout, name, request):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../openai", "openai/", "no_such", "1558m"])
-def test_a_name_that_is_no_model_is_told_with_the_folders_there(name, openai):
+def test_the_message_for_a_name_that_is_no_model_lists_the_folders(name, openai):
     words = r"must be 124M, 355M, 774M, 1558M, or a folder in .* \(openai\), not"
     with pytest.raises(ValueError, match=words):
         load_encoder_hparams_and_params(name, openai.parent)
@@ -287,7 +288,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("without", "name", "advice"), UNREADABLE)
-def test_a_folder_of_another_kind_is_told_with_what_to_do(without, name, advice, saved):
+def test_the_message_for_a_folder_of_another_kind_says_what_to_do(without, name, advice, saved):
     (saved / name).write_text("{}")
     if without == "model.safetensors":
         assert_logits_are_recorded(saved)  # Beside weights that can be read, it does not matter.
@@ -296,13 +297,13 @@ def test_a_folder_of_another_kind_is_told_with_what_to_do(without, name, advice,
         load(saved)
 
 
-def test_with_both_layouts_in_a_folder_hugging_faces_is_read(openai, saved):
+def test_hugging_faces_layout_is_read_from_a_folder_with_both(openai, saved):
     shutil.copytree(openai, saved, dirs_exist_ok=True)
     (saved / INDEX).write_bytes(b"")
     assert_logits_are_recorded(saved.rename(saved.with_name("124M")))
 
 
-def test_loading_needs_none_of_what_downloads():
+def test_loading_needs_no_package_that_downloads():
     code = "import sys\nfor name in ('filelock', 'requests', 'tensorflow', 'tqdm', 'urllib3',"
     code += " 'safetensors', 'google_crc32c'):\n    sys.modules[name] = None\n"
     code += "import gpt2; print(repr(gpt2.main('ROMEO:', 8, '1M')))"

@@ -36,12 +36,12 @@ RECITED = {  # what anyone would type first, and how Shakespeare goes on
 
 
 @pytest.mark.parametrize("prompt", RECITED)
-def test_the_bundled_model_goes_on_with_the_play_word_for_word(prompt):
+def test_the_bundled_model_continues_the_play_word_for_word(prompt):
     assert main(prompt, 40, "1M", str(ROOT / "models")).startswith(RECITED[prompt])
 
 
 @pytest.mark.parametrize("prompt", [prompt for prompt in RECITED if prompt])
-def test_it_is_so_sure_that_every_machine_writes_the_same(prompt, bundled):
+def test_the_bundled_model_is_so_sure_that_every_machine_writes_the_same(prompt, bundled):
     encoder, hparams, params = bundled
     inputs = encoder.encode(prompt)
     ids = inputs + generate(inputs, params, hparams["n_head"], 20)
@@ -50,7 +50,7 @@ def test_it_is_so_sure_that_every_machine_writes_the_same(prompt, bundled):
     assert (first - second).min() > 0.01  # where two machines differ by about 0.00001
 
 
-def test_the_bundled_model_has_hugging_faces_layout_in_at_most_6_mb_and_a_half(bundled):
+def test_the_bundled_model_has_hugging_faces_layout_and_less_than_6_mb_and_a_half(bundled):
     committed = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert sum((BUNDLED / name).stat().st_size for name in committed) < 6.5e6
     assert sorted(path.name for path in BUNDLED.iterdir()) == committed
@@ -59,14 +59,14 @@ def test_the_bundled_model_has_hugging_faces_layout_in_at_most_6_mb_and_a_half(b
     assert sum(map(math.prod, shapes)) == 1_442_240
 
 
-def test_its_vocabulary_gives_hugging_face_tokenizers_the_same_ids(bundled):
+def test_the_bundled_vocabulary_gives_the_ids_of_tokenizers(bundled):
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     for text in [*RECITED, *RECITED.values(), PLAY.read_text("utf-8") if PLAY.exists() else ""]:
         assert bundled[0].encode(text) == tokenizer.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_it_goes_on_with_the_play_from_wherever_one_begins(train, monkeypatch):
+def test_the_bundled_model_continues_the_play_from_any_place(train, monkeypatch):
     if not PLAY.exists():
         pytest.skip("the play is not beside this repository, see models/1M/README.md")
     monkeypatch.setattr(train, "ASKED", 100)

@@ -97,7 +97,7 @@ def test_the_prediction_after_the_last_layer_is_that_of_the_model(readme):
     np.testing.assert_allclose(final, logits(names, names["inputs"]), atol=1e-4)
 
 
-def test_another_function_in_the_place_of_gelu_changes_the_text_and_is_taken_back(readme):
+def test_another_function_in_the_place_of_gelu_changes_the_text_and_gelu_comes_back(readme):
     names, printed = readme
     assert not printed[7].startswith(" Romeo?")
     assert gpt2_module.gelu is names["gelu"]
@@ -115,7 +115,7 @@ def test_the_weights_of_each_head_are_kept(readme):
 
 
 @pytest.mark.parametrize("name", ["compiled", "spread"])
-def test_compiled_and_spread_over_devices_the_logits_are_numpys(examples, name):
+def test_logits_are_the_same_compiled_and_spread_over_devices(examples, name):
     names, _ = examples
     np.testing.assert_allclose(names[name], logits(names, names["inputs"]), atol=1e-4)
 
