@@ -167,9 +167,9 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient (how each number should change) goes back from the last block to the first. A sum
-    passes the gradient on unchanged. GPT-1 normalised `x` itself, so every block rescaled both `x`
-    and the gradient. Here, attention and `ffn` get a normalised copy, and `x` is only added to.
+    the gradient (how `x` should change) goes back from the last block to the first. A sum passes
+    the gradient on unchanged. GPT-1 normalised `x` itself, so every block rescaled both `x` and
+    the gradient. Here, attention and `ffn` get a normalised copy, and `x` is only added to.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -209,7 +209,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
 
     First, only the `top_k` likeliest ids stay. Then their logits are divided by the temperature:
     below 1, likely ids become even likelier, and above 1, unlikely ids get more of a chance. Last,
-    only the likeliest of these ids stay, just enough for a probability of `top_p` or more together.
+    only the likeliest of these ids stay: the fewest whose probabilities add up to `top_p` or more.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -220,8 +220,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # On a line from 0 to `totals[-1]`, each id has a part that ends at the total of that id. The
-    # product below can be 0, but not `totals[-1]`. So a part includes its start, not its end: `>`.
+    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The product below can be
+    # 0, but not `totals[-1]`. `>` gives a part its start only; `>=` would give the first both ends.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -284,7 +284,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens too; bos starts a text
+    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens too; if empty, use bos
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []
