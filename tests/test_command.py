@@ -169,6 +169,11 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
     assert "pip install -r requirements.txt" in result.err
 
 
+def test_a_lack_of_memory_is_an_error_in_one_line(typed):
+    with pytest.raises(SystemExit, match=r"^There is not enough memory\.$"):
+        typed(main=lambda n=0: [n] * sys.maxsize)
+
+
 def test_windows_line_ends_and_a_byte_order_mark_are_cleaned():
     """The shell's "$(cat file)" removes the last line feed and leaves the carriage return."""
     clean = ascii("Où es-tu?\n\nROMEO:") + "\n"
