@@ -1,5 +1,6 @@
 """Downloads from a server that misbehaves, by processes that die and onto disks that are full."""
 
+import gzip
 import http.server
 import itertools
 import os
@@ -40,6 +41,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, name, asked = self.server, self.path.rsplit("/", 1)[1], self.headers["Range"]
         fault = next(server.faults.get(name, iter(())), None)
         whole = server.content[name]
+        if "gzip" in self.headers["Accept-Encoding"]:
+            whole = gzip.compress(whole)
         start = int(asked[6:-1]) if asked and fault != "no ranges" else 0
         status = 416 if start >= len(whole) else 206 if start else 200
         status = fault if isinstance(fault, int) else status
