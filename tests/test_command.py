@@ -1,16 +1,14 @@
 """The command, `python gpt2.py "prompt"`, as people type it in a shell."""
 
 import io
-import json
 import os
 import re
 import shlex
-import shutil
 import sys
 
 import numpy as np
 import pytest
-from conftest import BUNDLED, ROOT, run
+from conftest import ROOT, run
 
 import gpt2
 from utils import command_line
@@ -104,12 +102,6 @@ def test_a_prompt_arrives_exactly_as_typed(prompt, typed):
 def test_a_dash_or_no_prompt_reads_standard_input(line):
     assert shell(line.format(shlex.join(TINY)), b"JULIET:\n").out == main("JULIET:") + "\n"
     assert main("JULIET:") != main("JULIET:\n") != main("")
-
-
-def test_an_empty_prompt_starts_from_the_end_of_text_token(bundled, typed):
-    encoder, hparams, params = bundled
-    ids = gpt2.generate([encoder.encoder["<|endoftext|>"]], params, hparams["n_head"], 12)
-    assert typed("", *TINY) == encoder.decode(ids) + "\n"
 
 
 def test_a_seed_repeats_a_text(typed):
@@ -221,17 +213,6 @@ def test_a_text_that_nobody_takes_ends_quietly_with_a_status(what, where):
     result = shell(f"gpt2 {what} {where}")
     full = "[Errno 28] No space left on device\n"
     assert (result.returncode, result.err) == ((1, full) if "full" in where else (141, ""))
-
-
-def test_the_end_of_text_token_ends_the_text_and_is_not_printed(bundled, tmp_path):
-    encoder, hparams, params = bundled
-    ids = gpt2.generate(encoder.encode(VERSE), params, hparams["n_head"], 12)
-    end = ids.index(encoder.encode(" Juliet")[0])
-    shutil.copytree(BUNDLED, tmp_path / "mine")
-    path = tmp_path / "mine" / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": ids[end]}))
-    result = run(VERSE, 12, "mine", tmp_path)
-    assert (result.out, result.err) == (encoder.decode(ids[:end]) + "\n", "")
 
 
 def test_the_first_sh_block_of_the_readme_prints_verse():
