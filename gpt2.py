@@ -220,7 +220,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into one part an id. The product below can be
+    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The product can be
     # 0, but not `totals[-1]`. `>` gives a part its start only; `>=` would give the first both ends.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
