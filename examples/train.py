@@ -276,7 +276,7 @@ def train(params, n_head, draw, optimizer, held_out, steps, signals):
     Returns the parameters, a report of the losses, and the signal, or 0.
     """
     mesh = Mesh(np.array(jax.devices()), ("devices",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())  # each device has the whole array
     split = NamedSharding(mesh, PartitionSpec("devices"))
 
     def step(params, state, windows, n_typed):
@@ -291,9 +291,9 @@ def train(params, n_head, draw, optimizer, held_out, steps, signals):
 
     # The old parameters are donated, which means that the new ones take their memory. So they must
     # be a copy, because the loaded ones are views of a file.
-    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=everywhere)
-    measure = jax.jit(loss, static_argnums=3, out_shardings=everywhere)
-    begin = jax.jit(lambda params: (params, optimizer.init(params)), out_shardings=everywhere)
+    step = jax.jit(step, donate_argnums=(0, 1), in_shardings=whole, out_shardings=whole)
+    measure = jax.jit(loss, static_argnums=3, in_shardings=whole, out_shardings=whole)
+    begin = jax.jit(lambda params: (params, optimizer.init(params)), out_shardings=whole)
     params, state = begin(jax.tree.map(np.array, params))
     before = held_out_loss() if len(held_out) else None
     losses = []
