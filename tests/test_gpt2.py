@@ -60,7 +60,6 @@ def test_generate_equals_the_plain_loop_up_to_the_last_position(small, n_prompt)
         looped.append(pick(gpt2.gpt2(looped, **params, n_head=n_head)[-1]))
     new = generate(ids[:n_prompt], params, n_head, 16 - n_prompt, sampler())
     assert new == looped[n_prompt:]
-    assert all(type(id) is int for id in new)
     assert len(set(looped)) > 8  # The text does not repeat itself.
 
 
@@ -83,7 +82,8 @@ def test_generate_is_greedy_by_default(small):
     params, n_head, ids = small
     new = generate(ids[:4], params, n_head, 12)
     logits = gpt2.gpt2(ids[:4] + new, **params, n_head=n_head)[3:-1]
-    assert new == logits.argmax(axis=-1).tolist()
+    assert new == list(stream(ids[:4], params, n_head)) == logits.argmax(axis=-1).tolist()
+    assert {type(id) for id in new} == {int}
 
 
 def test_generate_picks_by_the_same_logits_as_without_a_cache(small):
