@@ -113,14 +113,6 @@ def test_ids_may_be_a_tuple_or_an_array(small, kind):
     assert generate(kind(ids[:9]), params, n_head, 6, sampler()) == expected
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_batch_of_ids_is_an_error(small, cached):
-    params, n_head, ids = small
-    cache = np.zeros((2, 2, n_head, 16, 4), np.float32) if cached else None
-    with pytest.raises(ValueError, match=r"unpack|broadcast"):
-        gpt2.gpt2([ids], **params, n_head=n_head, cache=cache)
-
-
 def test_attention_takes_one_head_or_any_number_of_heads(small):
     random = np.random.RandomState(0)
     q, k, v = random.normal(size=(3, 2, 5, 6, 4))
