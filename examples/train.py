@@ -253,7 +253,7 @@ def from_start(text, start, steps=200, batch=4, length=128, lr=1e-4):
 def check_length(length, most):
     """Raise ValueError if windows of this length do not fit the model or the text."""
     if length > most:
-        raise ValueError(f"--length {length} is too long. This model and this text allow {most}.")
+        raise ValueError(f"--length {length} is too long: this model and text allow {max(most, 0)}")
 
 
 # --- Train: the loss, the step that lowers it, and the loop ---
