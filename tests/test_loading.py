@@ -291,11 +291,16 @@ UNREADABLE = [
 @pytest.mark.parametrize(("without", "name", "advice"), UNREADABLE)
 def test_the_message_for_a_folder_of_another_kind_says_what_to_do(without, name, advice, saved):
     (saved / name).write_text("{}")
-    if without == "model.safetensors":
-        assert_logits_are_recorded(saved)  # Beside weights that can be read, it does not matter.
     (saved / without).unlink()
     with pytest.raises(ValueError, match=advice):
         load(saved)
+
+
+@pytest.mark.parametrize("layout", ["openai", "saved"])
+def test_a_pickle_beside_weights_that_can_be_read_does_not_matter(layout, request):
+    folder = request.getfixturevalue(layout)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert_logits_are_recorded(folder)
 
 
 def test_hugging_faces_layout_is_read_from_a_folder_with_both(openai, saved):
