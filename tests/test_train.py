@@ -90,7 +90,7 @@ def test_devices_and_processes_learn_the_same(train, small, tmp_path, monkeypatc
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), one, params)
 
 
-def test_the_saved_folder_has_hugging_faces_layout(small):
+def test_the_saved_folder_has_hugging_faces_layout_and_all_special_tokens(small):
     config = json.loads((small / "start" / "config.json").read_text("utf-8"))
     weight = load_file(small / "start" / "model.safetensors")["h.0.mlp.c_fc.weight"]
     assert (config["model_type"], weight.shape) == ("gpt2", (16, 64))
@@ -102,14 +102,9 @@ def test_the_saved_folder_has_hugging_faces_layout(small):
     assert ids == encoder.encode(text, allowed_special="all")
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode(ids) == text.replace(END, "").replace("<pad>", "")  # the special ones
-
-
-def test_saving_keeps_the_ends_and_the_added_tokens(train, small, tmp_path):
-    train.save(tmp_path, *load_encoder_hparams_and_params("start", small))
-    encoder, _, _ = load_encoder_hparams_and_params(tmp_path.name, tmp_path.parent)
-    ids = encoder.special
-    assert (encoder.bos, encoder.eos) == ([ids["<pad>"]], {ids["<end>"], ids[END]})
-    assert (ids.keys(), encoder.added) == ({END, "<pad>", "<end>", "<name>"}, {"<name>"})
+    assert encoder.added == {"<name>"}
+    assert [encoder.decoder[id] for id in encoder.bos] == ["<pad>"]
+    assert {encoder.decoder[id] for id in encoder.eos} == {END, "<end>"}
 
 
 def test_a_model_is_replaced_only_with_replace_and_only_by_a_complete_one(train, small, tmp_path):
@@ -147,9 +142,7 @@ MISTAKES = [
     (FISH * 40, {"model_dir": "{text}/new"}, "text.txt"),
     (FISH, {"start": "{text}"}, "must be .* or a folder in .*, not 'text.txt'"),
     (FISH, {"steps": "1.5"}, "steps must be a whole number, 0 or more, not '1.5'"),
-    (FISH, {"batch": "0"}, "batch must be a whole number, 1 or more, not '0'"),
     (FISH, {"lr": "nan"}, "lr must be a number, from 0 to 1, not 'nan'"),
-    (FISH, {"process_id": "-1"}, "process_id must be a whole number, 0 or more, not '-1'"),
 ]
 
 
@@ -214,11 +207,9 @@ def test_an_exam_question_has_only_one_answer(train):
     red, one = "red fish and blue fish swim", "one by one they came here"
     text = "\n".join(["two by two", red, "two by two", one, red.upper(), ""])
     prompts = train.Prompts(text, train.learn_vocabulary("ab"))
-    for kind, manner, words in [
-        ("a whole line", None, {red, one, red.upper()}),
-        ("a whole line", 0, {one}),
-        ("a line", None, {"red fish", "one by one", "RED FISH"}),
-    ]:
+    answers = {("a whole line", None): {red, one, red.upper()}, ("a whole line", 0): {one}}
+    answers["a line", None] = {"red fish", "one by one", "RED FISH"}
+    for (kind, manner), words in answers.items():
         rows = train.questions(prompts, kind, 8, 5, manner, 256)
         assert {prompts.encoder.decode([*map(int, row[:-5])]) for row in rows} == words
 
