@@ -73,8 +73,8 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     check_folder(folder)
     hparams, params = (load_hugging_face if hugging_face else load_openai)(folder)
     encoder = get_encoder(model_size, models)
-    hparams["n_vocab"] = min(hparams["n_vocab"], len(encoder.encoder))
-    params["wte"] = params["wte"][: hparams["n_vocab"]]
+    params["wte"] = params["wte"][: len(encoder.encoder)]
+    hparams["n_vocab"] = len(params["wte"])
     encoder.bos, encoder.eos = find_ends(folder, encoder, range(hparams["n_vocab"]))
     return encoder, hparams, params
 
@@ -96,17 +96,14 @@ def check_folder(folder):
 
 def load_openai(folder):
     """Load the sizes and the parameters from OpenAI's layout."""
-    path = folder / "hparams.json"
-    hparams = read_json(path)
-    check_sizes(hparams, HPARAMS, path)
+    hparams = read_sizes(folder / "hparams.json")
     return hparams, load_gpt2_params_from_tf_ckpt(find_checkpoint(folder / "checkpoint"), hparams)
 
 
 def load_hugging_face(folder):
     """Load the sizes and the parameters from a folder as `save_pretrained` writes it."""
     path, table = folder / "config.json", read_safetensors(folder)
-    config = CONFIG | COMPUTED | read_json(path)
-    check_sizes(config, CONFIG, path)
+    config = read_sizes(path, CONFIG, **CONFIG, **COMPUTED)
     for field, value in COMPUTED.items():
         if config[field] != value:
             raise ValueError(f"{path}: {field} is {config[field]!r}, but GPT-2 has {value!r}")
@@ -135,13 +132,18 @@ def find_ends(folder, encoder, ids):
     return known(config.get("bos_token_id")) or endoftext, {*ends}
 
 
-def check_sizes(config, fields, path):
-    """Raise ValueError unless all sizes are whole numbers above 0 and the heads share the width."""
+def read_sizes(path, fields=HPARAMS, **defaults):
+    """Read a JSON file with these fields, which must be sizes that belong together.
+
+    Sizes are whole numbers above 0, and the heads share the width. Raises ValueError otherwise.
+    """
+    config = defaults | read_json(path)
     for field in fields:
         if type(config.get(field)) is not int or config[field] < 1:
             raise ValueError(f"{path}: {field} must be a number above 0, not {config.get(field)!r}")
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head")
+    return config
 
 
 def build_params(hparams, leaf):
@@ -149,22 +151,21 @@ def build_params(hparams, leaf):
 
     Names are OpenAI's without the leading `model/`. Shapes are those that `gpt2` takes.
     """
+    # The layers of a block. The numbers of their shapes are multiples of n_embd.
+    block = {"ln_1": [1], "attn": {"c_attn": [1, 3], "c_proj": [1, 1]}}
+    block |= {"ln_2": [1], "mlp": {"c_fc": [1, 4], "c_proj": [4, 1]}}
     n_embd = hparams["n_embd"]
 
-    def layer(name, *shape):
+    def build(name, part):
+        if isinstance(part, dict):
+            return {key: build(f"{name}/{key}", part[key]) for key in part}
+        shape = [width * n_embd for width in part]
         first = "w" if len(shape) == 2 else "g"
         return {first: leaf(f"{name}/{first}", *shape), "b": leaf(f"{name}/b", shape[-1])}
 
-    def block(h):
-        ln_1, c_attn = layer(f"{h}/ln_1", n_embd), layer(f"{h}/attn/c_attn", n_embd, 3 * n_embd)
-        attn = {"c_attn": c_attn, "c_proj": layer(f"{h}/attn/c_proj", n_embd, n_embd)}
-        ln_2, c_fc = layer(f"{h}/ln_2", n_embd), layer(f"{h}/mlp/c_fc", n_embd, 4 * n_embd)
-        mlp = {"c_fc": c_fc, "c_proj": layer(f"{h}/mlp/c_proj", 4 * n_embd, n_embd)}
-        return {"mlp": mlp, "attn": attn, "ln_1": ln_1, "ln_2": ln_2}
-
     wte, wpe = leaf("wte", hparams["n_vocab"], n_embd), leaf("wpe", hparams["n_ctx"], n_embd)
-    blocks = [block(f"h{i}") for i in range(hparams["n_layer"])]
-    return {"wte": wte, "wpe": wpe, "blocks": blocks, "ln_f": layer("ln_f", n_embd)}
+    blocks = [build(f"h{i}", block) for i in range(hparams["n_layer"])]
+    return {"wte": wte, "wpe": wpe, "blocks": blocks, "ln_f": build("ln_f", [1])}
 
 
 def take(table, name, *shape):
@@ -243,13 +244,12 @@ def find_checkpoint(path):
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
     if not path.exists():
-        names = [index.stem for index in path.parent.glob("*.index")] or ["model.ckpt"]
-        line = f'model_checkpoint_path: "{names[0]}"'
-        raise OSError(f"{path} is missing. It must hold this line: {line}")
-    latest = re.search(r'(?m)^model_checkpoint_path: "(.+)"', read_text(path))
+        name = next(path.parent.glob("*.index"), Path("model.ckpt.index")).stem
+        raise OSError(f'{path} is missing. It must hold this line: model_checkpoint_path: "{name}"')
+    latest = re.search(r'(?m)^model_checkpoint_path: "(?:.*[/\\])?(.+)"', read_text(path))
     if not latest:
         raise ValueError(f"{path} names no checkpoint")
-    return path.with_name(re.split(r"[/\\]", latest[1])[-1])
+    return path.with_name(latest[1])
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -266,9 +266,8 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         file, start, size = (sum(entry[number]) for number in (3, 4, 5))
         kind = "in partitions" if entry[7] else entry[1][0]
         shape = [sum(fields(dimension)[1]) for dimension in fields(entry[2][0])[2]]
-        numbers = contents[file][start : start + size]
-        table[name.removeprefix("model/")] = paths[file], kind, shape, numbers
-    return build_params(hparams, functools.partial(take, table))
+        table[name] = paths[file], kind, shape, contents[file][start : start + size]
+    return build_params(hparams, lambda name, *shape: take(table, f"model/{name}", *shape))
 
 
 def read_index(path):
@@ -288,8 +287,8 @@ def read_index(path):
         _, _, start, size = (varint(footer) for _ in range(4))
         places = [io.BytesIO(value) for _, value in read_block(content, start, size)]
         blocks = [read_block(content, varint(place), varint(place)) for place in places]
-        entries = {key: fields(value) for block in blocks for key, value in block}
-        return {key.decode("utf-8", "replace"): entry for key, entry in entries.items()}
+        # The keys of partitions are not UTF-8. In Latin-1, every byte is a character.
+        return {key.decode("latin-1"): fields(value) for block in blocks for key, value in block}
     except (IndexError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from None
 
@@ -405,32 +404,29 @@ def fetch(url, path):
                 if file.tell() <= size:
                     cause = getattr([*error.args, error][0], "reason", error)
                     advice = "Run again to go on from what came. --model_size 1M needs no network."
-                    raise OSError(f"{url} did not arrive: {cause}\n{advice}") from None
+                    raise OSError(f"{url} did not arrive in {part}: {cause}\n{advice}") from None
     try:
-        check_download(part)
+        check_download(path.name, part)
     except ValueError as error:
         part.unlink()
         raise OSError(f"{error}\nThat file is deleted. Run again to download it anew.") from None
     part.replace(path)
 
 
-def check_download(part):
-    """Raise ValueError unless a file that came is what its name promises."""
-    name = part.stem
+def check_download(name, part):
+    """Raise ValueError unless the file that came for a name is what the name promises."""
     if name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[name]:
         raise ValueError(f"{part} is not OpenAI's file: it has another SHA-256.")
-    if name == "checkpoint":
-        find_checkpoint(part)
-    if name == "hparams.json":
-        check_sizes(read_json(part), HPARAMS, part)
-    if name == "model.ckpt.index":
-        read_index(part)
+    readers = {"checkpoint": find_checkpoint, "hparams.json": read_sizes}
+    readers |= {"model.ckpt.index": read_index}
+    if name in readers:
+        readers[name](part)  # This raises ValueError for a damaged file.
     if name == DATA:
         with open(part, "rb") as file:
             for tensor, entry in read_index(part.with_name("model.ckpt.index")).items():
                 file.seek(sum(entry[4]))
                 checksum = masked_crc32c(file.read(sum(entry[5])))
-                if tensor and checksum != int.from_bytes(entry[6][0], "little"):
+                if tensor and checksum != int.from_bytes(b"".join(entry[6]), "little"):
                     raise ValueError(f"{part} is damaged: {tensor} has another checksum.")
 
 
@@ -462,9 +458,8 @@ def command_line(main):
     except (MemoryError, OSError, ValueError) as error:
         status = str(error) or "There is not enough memory."
         name = status.split(" ")[0]
-        by_flag = any(word.replace("-", "_").startswith(f"__{name}") for word in sys.argv)
-        if "prompt" in arguments and name in arguments and not by_flag:
-            status += f"\n{QUOTES}"
+        if name in arguments and name not in " ".join(sys.argv).replace("-", "_"):
+            status += f"\n{QUOTES}"  # A word of the prompt was taken for the value of an option.
     try:
         print(end="\n" if status == 130 else "", flush=True)
     except OSError:  # The rest goes nowhere, so that Python's own end does not fail by it.
@@ -476,8 +471,8 @@ def read_arguments(main):
     """Return what was typed for `main`, by name and as text. Prints help if that was asked for."""
     import fire
 
-    def record(*args, **options):
-        typed.update(signature.bind_partial(*args, **options).arguments)
+    def record(*words):
+        typed.update(signature.bind_partial(*words).arguments)
 
     typed, signature = {}, inspect.signature(main)
     options = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -512,8 +507,7 @@ def read_prompt(prompt):
         raise ValueError(f"There is no prompt. See python {sys.argv[0]} --help.")
     prompt = re.sub("\r\n?", "\n", prompt.removeprefix("\ufeff").removesuffix("\r"))
     if prompt.endswith(" "):
-        advice = "GPT-2's words begin with their space, so better leave it out."
-        print(f"The prompt ends in a space. {advice}", file=sys.stderr)
+        print("The prompt ends in a space. Omit it: GPT-2's words begin with one.", file=sys.stderr)
     return prompt
 
 

@@ -175,7 +175,7 @@ def test_without_a_network_the_message_names_a_model_that_needs_none(server, fol
         deaf.bind(("127.0.0.1", 0))  # It does not listen, so a connection is refused.
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         monkeypatch.setenv("GPT2_BASE_URL", url)
-        with pytest.raises(OSError, match=rf"^{url}/.* arrive: .*\n.*--model_size 1M"):
+        with pytest.raises(OSError, match=rf"^{url}/.* did not arrive .*: .*\n.*--model_size 1M"):
             download(folder)
     assert len(server.pauses) <= 2 and sum(server.pauses) <= 4
 

@@ -178,7 +178,7 @@ def test_any_damage_of_an_index_is_an_error_or_changes_nothing(damage, share, op
     [
         ("n_ctx", 17, r"wpe is 1 \[16, 12\], not .*\[17, 12\]"),
         ("n_embd", 24, r"wte is 1 \[300, 12\], not .*\[300, 24\]"),
-        ("n_layer", 3, "h2/ln_1/g is missing from the weights, which have h0/attn/c_attn/b"),
+        ("n_layer", 3, "h2/ln_1/g is missing from the weights, which have model/h0/attn"),
         ("n_head", 5, "n_embd must be a multiple of n_head"),
         ("n_layer", 0, "hparams.json: n_layer must be a number above 0, not 0"),
     ],
