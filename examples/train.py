@@ -95,13 +95,17 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     model_dir = Path(model_dir).expanduser().resolve()
     if options.get("steps") == 0:
         return recite(text, model_dir)
-    check_target(model_dir, replace)
+    # In a shell, the value of --replace arrives as text. Every model has a file of JSON.
+    if any(model_dir.glob("*.json")) and str(replace) != "True":
+        raise ValueError(f"{model_dir} has a model already. Use another folder, or add --replace.")
     if coordinator_address or team:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator_address, **team)
     plan = from_start if start else from_nothing
     encoder, hparams, params, *lesson = plan(text, start, **options)
-    model_dir.mkdir(parents=True, exist_ok=True)  # now, because training would be lost if it failed
+    # A folder that cannot be written is noticed now, because later the training would be lost.
+    model_dir.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=model_dir).close()
     signals = []  # Ctrl-C and SIGTERM are only noted here, so that the model can be saved
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: signals.append(signum))
@@ -122,13 +126,6 @@ def read_numbers(**options):
     """Turn the options that were given into numbers. Raises ValueError for one out of range."""
     given = {name: value for name, value in options.items() if value is not None}
     return {n: utils.number(n, value, *LIMITS.get(n, (int, 1))) for n, value in given.items()}
-
-
-def check_target(model_dir, replace):
-    """Raise ValueError if the folder has a model already, unless that is to be replaced."""
-    # In a shell, the value of --replace arrives as text. Every model has a file of JSON.
-    if any(model_dir.glob("*.json")) and str(replace) != "True":
-        raise ValueError(f"{model_dir} has a model already. Use another folder, or add --replace.")
 
 
 # --- Text: its vocabulary, and the windows that are cut from it ---
