@@ -220,8 +220,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The product can be
-    # 0, but not `totals[-1]`. `>` gives a part its start only; `>=` would give the first both ends.
+    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The random point may be
+    # 0, but is always below `totals[-1]`. So a part includes its start, not its end: hence `>`.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -284,7 +284,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens too; if empty, use bos
+    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens too; bos starts a text
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []
