@@ -239,7 +239,7 @@ MISSING += [("saved", name) for name in ("model.safetensors", "merges.txt")]
 def test_a_missing_file_is_named(layout, name, request):
     folder = request.getfixturevalue(layout)
     (folder / name).unlink()
-    with pytest.raises(OSError, match=name):
+    with pytest.raises(OSError, match=f"{name}'"):
         load(folder)
 
 
@@ -358,6 +358,12 @@ def split(saved):
 
 
 def test_weights_may_be_in_several_files(split):
+    assert_logits_are_recorded(split)
+
+
+def test_one_file_of_weights_is_read_before_several(split):
+    save_file(RENAMED, split / "model.safetensors")
+    edit_json(split / "model.safetensors.index.json", {"weight_map": None})
     assert_logits_are_recorded(split)
 
 
