@@ -270,10 +270,10 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
         model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
         models_dir: the folder of the models; OpenAI's are downloaded into it when first used
-        temperature: with 0, take the likeliest token each time; above 0, sample: a higher number
-            makes unlikely tokens likelier. If not given: 0, or 1 with --top_k, --top_p or --seed
+        temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
+            makes unlikely tokens likelier; by default 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
-        top_p: sample from the likeliest tokens only, enough to reach this probability together
+        top_p: sample from the likeliest tokens only, whose probabilities add up to this number
         seed: a whole number; the same seed gives the same text again
         show: in Python, called with each piece of text as it comes; the default, str, shows nothing
     """

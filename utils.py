@@ -62,7 +62,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     something else than GPT-2; OSError for a file that is missing or cannot be downloaded.
     """
     models = Path(models_dir).expanduser()
-    names = sorted({path.parent.name for path in models.glob("*/*")})
+    names = sorted({path.parent.name for path in models.glob("*/*")}.difference(SIZES))
     if model_size not in (*SIZES, *names):
         where = f"a folder in {models.absolute()} ({', '.join(names) or 'there is none'})"
         raise ValueError(f"model_size must be {', '.join(SIZES)}, or {where}, not {model_size!r}")
@@ -490,7 +490,9 @@ def read_arguments(main):
             fire.Fire(record, [*sys.argv[1:], "--", "--separator=\0"])
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
-        raise ValueError(f"{fault}\n{QUOTES} See python {sys.argv[0]} --help.") from None
+        fault = fault.replace("Could not consume arg", "Not understood")
+        hint = f"{QUOTES} " if re.match("Not understood: [^-]", fault) else ""
+        raise ValueError(f"{fault}\n{hint}See python {sys.argv[0]} --help.") from None
     if "prompt" in signature.parameters:
         typed["prompt"] = read_prompt(typed.get("prompt"))
     if "show" in signature.parameters:

@@ -71,19 +71,19 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     """Train a model on a text file, and save it in Hugging Face's layout.
 
     Without --start, a small model learns the text by heart. The default of 12,000 steps takes 30 to
-    60 minutes on two processor cores. For a text of 10 KB, --steps 600 is enough and takes two or
-    three minutes. With --start, an existing model is fine-tuned on the text.
+    60 minutes on two processor cores. For a text of 10 KB, --steps 600 is enough and takes two to
+    four minutes. With --start, an existing model is fine-tuned on the text.
 
     Args:
         text_path: a text file in UTF-8; if it holds several texts, put <|endoftext|> between them
         model_dir: the folder to save the model in
         start: the folder of the model to fine-tune, such as models/124M
-        steps: how many batches to learn from, 12000, or 200 with --start; --steps 0 trains nothing,
-            but tests how much of the text the model in model_dir knows by heart
-        batch: how many windows of the text are in a batch, 48, or 4 with --start
-        length: how many tokens a window has, 40, or 128 with --start; without --start, one batch in
-            seven has fewer windows of 256 tokens
-        lr: the highest learning rate, 0.02, or 0.0001 with --start
+        steps: the number of batches to learn from; by default 12000, or 200 with --start; with 0,
+            train nothing, but test how much of the text the model in model_dir knows by heart
+        batch: the number of windows in a batch; by default 48, or 4 with --start
+        length: the number of tokens in a window; by default 40, or 128 with --start; without
+            --start, one batch in seven has fewer windows of 256 tokens
+        lr: the highest learning rate; by default 0.02, or 0.0001 with --start
         replace: replace the model that is already in model_dir
         coordinator_address: the host and port of process 0, if several processes train together
         num_processes: how many processes there are
@@ -250,7 +250,8 @@ def from_start(text, start, steps=200, batch=4, length=128, lr=1e-4):
 def check_length(length, most):
     """Raise ValueError if windows of this length do not fit the model or the text."""
     if length > most:
-        raise ValueError(f"--length {length} is too long: this model and text allow {max(most, 0)}")
+        allowed = f"this model and text allow {max(most, 0)}. Use more text, or a smaller --length."
+        raise ValueError(f"--length {length} is too long: {allowed}")
 
 
 # --- Train: the loss, the step that lowers it, and the loop ---
@@ -350,8 +351,8 @@ def recite(text, folder, exam=EXAM):
         for ids in islice(questions(prompts, kind, least, n_new, manner, hparams["n_ctx"]), ASKED):
             logits = gpt2.gpt2(ids[:-1], **params, n_head=hparams["n_head"])[-n_new:]
             right.append(np.array_equal(np.argmax(logits, axis=-1), ids[-n_new:]))
-        prompt = f"{least} or more from {kind}, typed {TYPED[manner]}"
-        lines.append(f"It knows {n_new} tokens after {prompt}: {sum(right)} of {len(right)}")
+        prompt = f"{least} tokens or more from {kind}, typed {TYPED[manner]}"
+        lines.append(f"After {prompt}, it knows the next {n_new}: {sum(right)} of {len(right)}")
     return "\n".join(lines)
 
 

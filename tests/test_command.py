@@ -149,7 +149,7 @@ def test_help_is_the_same_wherever_it_is_asked_for():
     first, *others = (run(*line.split(), PAGER="false") for line in lines)
     assert (first.returncode, first.err) == (0, "")
     assert all((r.returncode, r.out, r.err) == (0, first.out, "") for r in others)
-    shown = ("--n_tokens_to_generate", "124M, 355M, 774M or 1558M", "--seed", "FLAGS")
+    shown = ("--n_tokens_to_generate", "124M, 355M, 774M or 1558M", "--top_p or --seed\n", "FLAGS")
     assert all(words in first.out for words in shown)
     assert not any(words in first.out for words in ("GROUP", "--show", "\0", "\x1b"))
 

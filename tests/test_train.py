@@ -66,7 +66,7 @@ def test_any_text_trains_a_model_that_recites_it(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SIZES", {"n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1})
     (tmp_path / "text.txt").write_text(f"{FISH * 40}Red fish swim{FISH.strip() * 40}", "utf-8")
     told = train.main(tmp_path / "text.txt", tmp_path / "fish", steps=40, batch=8, length=16)
-    assert re.search(r"\nIt knows 16 tokens after 6 or more from any place, .*: \d+ of [1-9]", told)
+    assert re.search(r"\nAfter 6 tokens .* any place, .* knows the next 16: \d+ of [1-9]", told)
     assert main("One fish, two", 10, "fish", str(tmp_path)).startswith(" fish")
 
 
