@@ -381,8 +381,8 @@ def fetch(url, path):
     retry = urllib3.Retry(4, 2, backoff_factor=0.5, status_forcelist=busy, retry_after_max=30)
     session = requests.Session()
     session.mount(url, requests.adapters.HTTPAdapter(max_retries=retry))
-    part, complete = path.with_name(f"{path.name}.part"), False
-    while not complete:
+    part = path.with_name(f"{path.name}.part")
+    while True:
         with open(part, "ab") as file:
             size = file.tell()
             start = max(size - 1, 0)
@@ -399,9 +399,10 @@ def fetch(url, path):
                 with tqdm.wrapattr(file, "write", total, desc=path.name, initial=start) as out:
                     while chunk := response.raw.read1(1 << 16):
                         out.write(chunk)
-                complete = True
+                break
             except (OSError, urllib3.exceptions.HTTPError) as error:
                 if file.tell() <= size:
+                    # The cause is inside urllib3's error, which is inside that of requests.
                     cause = getattr([*error.args, error][0], "reason", error)
                     advice = "Run again to go on from what came. --model_size 1M needs no network."
                     raise OSError(f"{url} did not arrive in {part}: {cause}\n{advice}") from None
