@@ -2,19 +2,25 @@
 
 import codecs
 import json
+import reprlib
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 
+END_OF_TEXT = "<|endoftext|>"
 # The text is cut into words first, because no token reaches from one word into the next. A word is
 # a run of letters, of digits or of other signs, with the space before it. In longer white space,
 # the last character belongs to the word that follows.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The files of a tokenizer: the one with the tokens, and the one with the merges.
-FILES = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-# What a tokenizer.json must say, or leave out, so that it gives GPT-2's ids.
-OPTIONS = {"type": "ByteLevel", "normalizer": None, "add_prefix_space": False, "use_regex": True}
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, such as a damaged file or a number that is out of range.
+
+    The command prints it as one line. Any other ValueError is a mistake in the code, whose
+    traceback is needed.
+    """
 
 
 def bytes_to_unicode():
@@ -33,6 +39,8 @@ class Encoder:
 
     `special` and `added` name the tokens that stand for a text as a whole, such as <|endoftext|>.
     Special ones are found first and added ones in the rest, as in Hugging Face's `tokenizers`.
+    `bos` has the ids that an empty prompt starts from, and `eos` those that end a text. Both are
+    <|endoftext|>, if the vocabulary has it. The loader of a model may set others.
 
     >>> merges = [("l", "o"), ("lo", "w"), ("e", "r")]
     >>> tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
@@ -47,19 +55,15 @@ class Encoder:
 
     def __init__(self, encoder, bpe_merges, special=(), added=()):
         self.encoder = encoder
+        self.decoder = {id: token for token, id in encoder.items()}
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
-        self.special = {token: encoder[token] for token in (*special, *added)}
+        self.special = {token: encoder[token] for token in (*special, *added) if token}
         self.added = {*added}
-        self.decoder = {id: self.spell(token) for token, id in encoder.items()}
+        self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
+        self.eos = {*self.bos}
         self.cache = {}
-
-    def spell(self, token):
-        """Write a token with one visible character for each byte, as most are written already."""
-        if token in self.special or not self.byte_decoder.keys() >= {*token}:
-            return "".join(self.byte_encoder[byte] for byte in token.encode("utf-8"))
-        return token
 
     def bpe(self, word):
         """Merge neighbours in one word, each time the pair that comes first in the merges."""
@@ -78,10 +82,11 @@ class Encoder:
         ValueError for a lone surrogate, which has no UTF-8, and for a byte that has no token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
-        names = (self.special.keys() & allowed) - {""}
+        names = self.special.keys() & allowed
         ids = []
         for piece in cut(text, names - self.added):
-            for part in [piece] if piece in names else cut(piece, names & self.added):
+            parts = [piece] if piece in names else cut(piece, names & self.added)
+            for part in parts:
                 ids += [self.special[part]] if part in names else self.encode_ordinary(part)
         return ids
 
@@ -89,11 +94,11 @@ class Encoder:
         """Turn text into ids, without a look for special and added tokens."""
         words = regex.findall(PATTERN, text)
         for word in {*words}.difference(self.cache):
-            parts = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
-            if lost := [part for part in parts if part not in self.encoder]:
-                byte = f"{self.byte_decoder[lost[0]]:#04x}"
-                raise ValueError(f"the vocabulary has no token for the byte {byte} in {word!r}")
-            self.cache[word] = [self.encoder[part] for part in parts]
+            tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
+            if missing := [token for token in tokens if token not in self.encoder]:
+                byte = f"{self.byte_decoder[missing[0]]:#04x} in {reprlib.repr(word)}"
+                raise UserError(f"the vocabulary has no token for the byte {byte}")
+            self.cache[word] = [self.encoder[token] for token in tokens]
         return [id for word in words for id in self.cache[word]]
 
     def decode(self, ids):
@@ -110,9 +115,19 @@ class Encoder:
         utf_8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in ids:
             if id not in self.decoder:
-                raise ValueError(f"the vocabulary has no token with the id {id}")
-            yield utf_8.decode(bytes(map(self.byte_decoder.get, self.decoder[id])))
+                raise UserError(f"the vocabulary has no token with the id {id}")
+            yield utf_8.decode(self.token_bytes(self.decoder[id]))
         yield utf_8.decode(b"", final=True)
+
+    def token_bytes(self, token):
+        """Return the bytes that a token stands for.
+
+        Most tokens are spelled with one visible character for each byte. Special and added tokens
+        are spelled as they look, and so is an unused token such as [日本].
+        """
+        if token in self.special or not self.byte_decoder.keys() >= {*token}:
+            return token.encode("utf-8")
+        return bytes(self.byte_decoder[char] for char in token)
 
 
 def cut(text, names):
@@ -121,80 +136,136 @@ def cut(text, names):
     return regex.split(f"({pattern})", text) if names else [text]
 
 
+# --- Reading a tokenizer from its folder ---
+
+# A tokenizer has its tokens in one of these files. Two of them have their merges in another one.
+TOKENIZERS = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+
+
 def get_encoder(model_name, models_dir):
     """Read the tokenizer in the folder `models_dir/model_name`.
 
     It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
     OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and `single_word` of added
     tokens are ignored. Raises FileNotFoundError where a file is missing, and ValueError where one
-    is damaged, or is not of GPT-2's kind.
+    is damaged, or asks for other ids than GPT-2's byte-level BPE would give.
     """
-    folder = Path(models_dir, model_name)
-    name = next((name for name in FILES if (folder / name).exists()), "tokenizer.json")
-    content = read_json(folder / name)
-    if FILES[name]:
-        merges = regex.findall(r"(?m)^(?!#version).+$", read_text(folder / FILES[name]))
-        content = {"model": {"vocab": content, "merges": merges}, "pre_tokenizer": {}}
+    folder = Path(models_dir, model_name).expanduser()
+    found = [folder / name for name in TOKENIZERS if (folder / name).exists()]
+    path = found[0] if found else folder / "tokenizer.json"
+    read = read_two_files if TOKENIZERS[path.name] else read_tokenizer_json
+    more = read_json(folder / "added_tokens.json", optional=True)
     try:
-        model, found = content["model"], OPTIONS | content | content["pre_tokenizer"]
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        ids, special = read_added_tokens(folder, content.get("added_tokens", []))
-        encoder, merged = model["vocab"] | ids, {*map("".join, merges)}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / name} is no byte-level BPE: {error!r}") from None
-    if wrong := [option for option in OPTIONS if found[option] != OPTIONS[option]]:
-        rule = f"{wrong[0]} must be {OPTIONS[wrong[0]]!r}, as in GPT-2's byte-level BPE"
-        raise ValueError(f"{folder / name}: {rule}")
-    if {*map(repr, encoder.values())} != {*map(repr, range(len(encoder)))}:
-        raise ValueError(f"{folder / name} does not number its tokens from 0 on without a gap")
-    # All other tokens are single bytes or come from merges, but for unused ones such as [PAD].
-    others = encoder.keys() - ids.keys() - special
-    plain = {token for token in others if not regex.fullmatch(r".|<.+>|\[.+\]", token)}
-    if {*map(len, merges)} - {2} or not plain <= merged <= encoder.keys():
-        raise ValueError(f"{folder / (FILES[name] or name)} and {name} do not belong together")
-    return Encoder(encoder, merges, special & encoder.keys(), ids.keys() - special)
+        vocabulary, merges, special, added = read(path, more, read_named_tokens(folder))
+        check_vocabulary(path, vocabulary, merges, special | added)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no byte-level BPE: {error!r}") from None
+    special |= ({END_OF_TEXT} & vocabulary.keys()) - added
+    return Encoder(vocabulary, merges, special, added)
 
 
-def read_added_tokens(folder, entries):
-    """Return the ids of special and added tokens, and the names of the special ones.
+def read_tokenizer_json(path, more, named):
+    """Read a `tokenizer.json`: its vocabulary, merges, special tokens and added tokens.
 
-    `tokenizers` lists them in tokenizer.json, as `entries`. Slow tokenizers wrote three files
-    beside vocab.json, and some of these only name a token that has its id in the vocabulary.
+    It should have all tokens in `added_tokens.json`, which are `more`, and in the settings.
     """
-    files = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
-    paths = [folder / name for name in files]
-    ids, config, roles = (read_json(path) if path.exists() else {} for path in paths)
-    decoder = config.pop("added_tokens_decoder", {})
-    entries = [*entries, *({"id": int(id)} | entry for id, entry in decoder.items())]
-    ids |= {entry["content"]: entry["id"] for entry in entries}
-    # Tokens that are not "normalized" are those that `tokenizers` finds first.
-    first = {e["content"] for e in entries if not e.get("normalized", not e.get("special"))}
-    named = names([value for key, value in (config | roles).items() if "_token" in key])
-    return ids, first | named | ({"<|endoftext|>"} - ids.keys())
+    content = read_json(path)
+    model, splits = content["model"], content["pre_tokenizer"]
+    require(path, content, normalizer=None)
+    require(path, splits, type="ByteLevel", add_prefix_space=False, use_regex=True)
+    require(path, content.get("decoder") or {}, type="ByteLevel")
+    require(path, model, dropout=None, ignore_merges=False, byte_fallback=False)
+    require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
+    last = content.get("post_processor") or {}
+    for step in last.get("processors", [last]):  # None of them may add tokens to every text.
+        where = f"{path}: post_processor {reprlib.repr(step.get('type'))}"
+        require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
+    entries = content.get("added_tokens", [])
+    ids = {entry["content"]: entry["id"] for entry in entries}
+    # `tokenizers` calls those tokens normalized that it finds after the others.
+    added = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
+    # Older files have each merge as one text.
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    special = (named | more.keys() | ids.keys()) - added
+    return model["vocab"] | ids, merges, special, added
 
 
-def names(field):
-    """Return all texts in a value of JSON, however deep they stand in dicts and lists."""
-    if isinstance(field, str):
-        return {field}
-    items = field.values() if isinstance(field, dict) else field if isinstance(field, list) else ()
-    return {name for item in items for name in names(item)}
+def read_two_files(path, more, named):
+    """Read the same from `vocab.json` and `merges.txt`, or from OpenAI's two files."""
+    lines = read_text(path.with_name(TOKENIZERS[path.name])).split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return read_json(path) | more, merges, named, more.keys() - named
 
 
-def read_json(path):
-    """Read the dict in a JSON file. Raises ValueError, which names the file, for anything else."""
+def read_named_tokens(folder):
+    """Return the tokens that the settings beside a tokenizer name, such as its `pad_token`.
+
+    Hugging Face's library finds these tokens in a text, even if the tokenizer itself does not.
+    """
+    values = []
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        settings = read_json(path, optional=True)
+        require(path, settings, add_bos_token=False, add_eos_token=False, add_prefix_space=False)
+        require(path, settings, split_special_tokens=False)
+        values += [settings[field] for field in settings if field.endswith("_token")]
+        for field in ("additional_special_tokens", "extra_special_tokens"):
+            several = settings.get(field) or []
+            values += several.values() if isinstance(several, dict) else several
+        values += settings.get("added_tokens_decoder", {}).values()
+    contents = [value["content"] for value in values if isinstance(value, dict)]
+    return {value for value in [*values, *contents] if isinstance(value, str)}
+
+
+def check_vocabulary(path, vocabulary, merges, names):
+    """Raise UserError unless the ids have no gap, and the merges make just the tokens.
+
+    `names` are the special and the added tokens, which no merge makes.
+    """
+    ids = vocabulary.values()
+    if {*map(type, ids)} != {int} or sorted(ids) != [*range(len(ids))]:
+        raise UserError(f"{path} does not number its tokens from 0 on without a gap")
+    for token in names - vocabulary.keys():
+        raise UserError(f"{path} has no token {reprlib.repr(token)}, but a file beside it names it")
+    problem = f"{path}: its tokens and its merges do not belong together"
+    if {*map(len, merges)} - {2}:
+        raise UserError(f"{problem}, because a merge has more or less than two parts")
+    merged = {*map("".join, merges)}
+    for token in merged - vocabulary.keys():
+        raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is no token")
+    # What is left are single bytes, and unused tokens such as [PAD].
+    for token in vocabulary.keys() - merged - names:
+        if not regex.fullmatch(r".?|<.+>|\[.+\]", token):
+            raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")
+
+
+def require(path, settings, **wanted):
+    """Raise UserError if a setting is there and has another value. null and "" count as False."""
+    for name, value in wanted.items():
+        found = settings.get(name, value)
+        if found != value and (found or value):
+            raise UserError(f"{path}: {name} must be {value!r}, not {reprlib.repr(found)}")
+
+
+def read_json(path, optional=False):
+    """Read the dict in a JSON file. An optional file that is not there counts as an empty dict.
+
+    Raises UserError, which names the file, for anything else.
+    """
+    if optional and not path.exists():
+        return {}
+    text = read_text(path)
     try:
-        return {**json.loads(read_text(path))}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
+        return {**json.loads(text)}
+    except (RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON object: {error}") from None
 
 
 def read_text(path):
-    """Read UTF-8, with or without a byte order mark; every line end becomes "\\n".
+    """Read UTF-8, with or without a byte order mark; every line end becomes "\n".
 
-    Raises ValueError, which names the file, for anything else.
+    Raises UserError, which names the file, for anything else.
     """
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason}") from None
+        raise UserError(f"{path} is not UTF-8: {error.reason}") from None

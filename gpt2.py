@@ -261,8 +261,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate, pick=np.argmax):
     return list(stream(inputs, params, n_head, pick, n_tokens_to_generate))
 
 
-def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models",
-         temperature=None, top_k=None, top_p=1.0, seed=None, *, show=str):  # fmt: skip
+def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
+         temperature=None, top_k=None, top_p=None, seed=None, *, show=str):  # fmt: skip
     """Continue a prompt with GPT-2, and return the text that it writes.
 
     Args:
@@ -279,12 +279,12 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """
     from itertools import takewhile
 
-    from utils import load_encoder_hparams_and_params, number, picker
+    from utils import encode_prompt, load_encoder_hparams_and_params, number, picker
 
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt, "all") or encoder.bos  # special tokens too; bos starts a text
+    inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
     pieces = []

@@ -34,7 +34,7 @@ try:
 
     import gpt2
     import utils
-    from encoder import Encoder, read_text
+    from encoder import Encoder, UserError, read_text
 except ImportError as error:
     sys.exit(f"{error}: pip install -r examples/requirements.txt")
 
@@ -97,7 +97,7 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
         return recite(text, model_dir)
     # In a shell, the value of --replace arrives as text. Every model has a file of JSON.
     if any(model_dir.glob("*.json")) and str(replace) != "True":
-        raise ValueError(f"{model_dir} has a model already. Use another folder, or add --replace.")
+        raise UserError(f"{model_dir} has a model already. Use another folder, or add --replace.")
     if coordinator_address or team:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator_address, **team)
@@ -137,9 +137,7 @@ def learn_vocabulary(text):
     tokenizer.train_from_iterator(text.split(END), 1023, min_frequency=0, show_progress=False)
     tokenizer.add_special_tokens([END])
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    encoder = Encoder(tokenizer.get_vocab(), merges, [END])
-    encoder.bos = encoder.eos = [encoder.special[END]]
-    return encoder
+    return Encoder(tokenizer.get_vocab(), merges, [END])
 
 
 class Prompts:
@@ -251,7 +249,7 @@ def check_length(length, most):
     """Raise ValueError if windows of this length do not fit the model or the text."""
     if length > most:
         allowed = f"this model and text allow {max(most, 0)}. Use more text, or a smaller --length."
-        raise ValueError(f"--length {length} is too long: {allowed}")
+        raise UserError(f"--length {length} is too long: {allowed}")
 
 
 # --- Train: the loss, the step that lowers it, and the loop ---
@@ -317,7 +315,7 @@ def save(model_dir, encoder, hparams, params):
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     for name, ids in {"bos_token_id": [*encoder.bos], "eos_token_id": [*encoder.eos]}.items():
         config[name] = ids[0] if len(ids) == 1 else ids or None
-    config |= zip(utils.CONFIG, map(hparams.get, utils.HPARAMS), strict=True)
+    config |= {field: hparams[name] for name, field in utils.HPARAMS.items()}
     tokenizer = ByteLevelBPETokenizer(encoder.encoder, [*encoder.bpe_ranks])
     tokenizer.add_special_tokens([*encoder.special.keys() - encoder.added])
     tokenizer.add_tokens([*encoder.added])

@@ -39,11 +39,11 @@ def train():
     return module
 
 
-def run(*args, code=("gpt2.py",), command=None, stdin=b"", **env):
+def run(*args, code=("gpt2.py",), command=None, stdin=b"", cwd=ROOT, **env):
     """Run `python gpt2.py` with these arguments, without any setting of Python by the caller."""
     words = [word if isinstance(word, bytes) else str(word) for word in (*code, *args)]
     env = {k: v for k, v in os.environ.items() if k[:6] != "PYTHON" or k == "PYTHONPATH"} | env
-    pipes = {"input": stdin, "capture_output": True, "cwd": ROOT, "timeout": 60}
+    pipes = {"input": stdin, "capture_output": True, "cwd": cwd, "timeout": 60}
     result = subprocess.run(command or [sys.executable, *words], env=env, **pipes)
     texts = (pipe.decode("utf-8", "replace") for pipe in (result.stdout, result.stderr))
     result.out, result.err = (text.replace(os.linesep, "\n") for text in texts)
@@ -64,3 +64,27 @@ def write_vocabulary(folder, tokens="encoder.json", merges="vocab.bpe"):
     (folder / tokens).write_text(ids, "utf-8")
     lines = ["#version: 0.2", *map(" ".join, MERGES), ""]
     (folder / merges).write_bytes("\n".join(lines).encode())
+
+
+def varint(number):
+    """Write a number with 7 bits in each byte, the lowest first."""
+    low, high = number & 127, number >> 7
+    return bytes([low | 128]) + varint(high) if high else bytes([low])
+
+
+def block_of(entries):
+    """Write a block of LevelDB without shared keys: its bytes, its kind and its checksum."""
+    block = b""
+    for key, value in entries.items():
+        block += varint(0) + varint(len(key)) + varint(len(value)) + key + value
+    block += bytes(4) + b"\1\0\0\0" + b"\0"  # one restart point, and no compression
+    return block + utils.masked_crc32c(block).to_bytes(4, "little")
+
+
+def index_of(entries):
+    """Write a table as TensorFlow does: the checksums are right, whatever stands in the entries."""
+    block = block_of(entries)
+    handle = varint(0) + varint(len(block) - 5)
+    last = block_of({b"z": handle})
+    footer = handle + varint(len(block)) + varint(len(last) - 5)
+    return block + last + footer.ljust(40, b"\0") + utils.MAGIC

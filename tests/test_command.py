@@ -1,8 +1,10 @@
 """The command, `python gpt2.py "prompt"`, as people type it in a shell."""
 
+import contextlib
 import io
 import os
 import re
+import runpy
 import shlex
 import sys
 
@@ -26,10 +28,11 @@ MISTAKES = {  # what is typed, and the words of the message
     "x -m 1M": ["-m", "--help"],
     "Romeo Juliet --model_size 1M": ["put it in quotes"],
     "--model_size 1M Romeo Juliet": ["put it in quotes"],
+    "Henry 5 --model_size 1M": ["put it in quotes"],
     NINE: ["put it in quotes"],
-    f"{NINE} {NINE}": ["put it in quotes"],
     "x --model_size 117M": ["must be 124M, 355M, 774M, 1558M, or a folder in", "'117M'"],
-    "x 256 --model_size 1M": ["leaves room for 255 "],
+    "x --n_tokens_to_generate 256 --model_size 1M": ["has 1 tokens", "has 256", "be 255 at most"],
+    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten it"],
 }
 SAMPLING = {
     "": {},
@@ -93,8 +96,13 @@ def test_the_text_is_printed_piece_by_piece_and_nothing_else_is():
 @pytest.mark.parametrize("prompt", [*PROMPTS.split(), "[1, 2]", "- x", " x", "two\nlines", ""])
 def test_a_prompt_arrives_exactly_as_typed(prompt, typed):
     for word in (prompt, f"--prompt={prompt}"):
-        printed = typed(word, "7", main=lambda prompt, n=0: ascii([prompt, n]))
+        printed = typed(word, "--n", "7", main=lambda prompt, n=0: ascii([prompt, n]))
         assert printed == ascii([prompt, "7"]) + "\n"
+
+
+def test_a_flag_that_is_on_or_off_takes_no_word(typed):
+    for words in (["--on", "a"], ["a", "--on"]):
+        assert typed(*words, main=lambda prompt, on=False: f"{prompt} {on}") == "a True\n"
 
 
 @posix
@@ -145,18 +153,18 @@ def test_the_message_for_a_value_out_of_range_has_the_limits_of_its_option(optio
 
 
 def test_help_is_the_same_wherever_it_is_asked_for():
-    lines = ("--help", "-h", "x -h", "x 9 --help 1M", "--model 1M --help")
+    lines = ("--help", "-h", "x -h", "x --seed 9 --help 1M", "--model 1M --help")
     first, *others = (run(*line.split(), PAGER="false") for line in lines)
     assert (first.returncode, first.err) == (0, "")
     assert all((r.returncode, r.out, r.err) == (0, first.out, "") for r in others)
     shown = ("--n_tokens_to_generate", "124M, 355M, 774M or 1558M", "--top_p or --seed\n", "FLAGS")
     assert all(words in first.out for words in shown)
-    assert not any(words in first.out for words in ("GROUP", "--show", "\0", "\x1b"))
+    assert not any(words in first.out for words in ("GROUP", "--show", "\0", "\x1b", str(ROOT)))
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
     code = "import sys, gpt2, utils; sys.modules['fire'] = None; utils.command_line(gpt2.main)"
-    result = run("x", "9", "1M", code=("-c", code))
+    result = run("x", code=("-c", code))
     assert is_one_line(result) and "fire" in result.err
     assert "pip install -r requirements.txt" in result.err
 
@@ -164,6 +172,17 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
 def test_a_lack_of_memory_is_an_error_in_one_line(typed):
     with pytest.raises(SystemExit, match=r"^There is not enough memory\.$"):
         typed(main=lambda n=0: [n] * sys.maxsize)
+
+
+MISTAKES_IN_THE_CODE = [("**2, axis=-1, keepdims=True)", "**2, axis=-1)"), ("int(pick", "int('p'")]
+
+
+@pytest.mark.parametrize(("right", "wrong"), MISTAKES_IN_THE_CODE)
+def test_a_mistake_in_the_code_keeps_its_traceback(right, wrong, tmp_path):
+    source = (ROOT / "gpt2.py").read_text("utf-8")
+    (tmp_path / "gpt2.py").write_text(source.replace(right, wrong), "utf-8")
+    result = run(VERSE, *TINY, code=(tmp_path / "gpt2.py",), PYTHONPATH=str(ROOT))
+    assert result.returncode == 1 and wrong in result.err and "Traceback" in result.err
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_cleaned():
@@ -189,6 +208,29 @@ def test_redirected_output_is_utf_8_unless_pythonioencoding_says_otherwise(encod
         result = run(code=("-c", code), **settings, **locale)
         assert (result.returncode, result.err) == (0, "")
         assert result.stdout.rstrip() == "café 日\ufffd".encode(encoding or "utf-8", "replace")
+
+
+def test_the_text_is_printed_where_standard_output_is_no_file(monkeypatch):
+    """As in a notebook, where it cannot change its encoding."""
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["gpt2.py", "But, soft!", *TINY])
+    with contextlib.redirect_stdout(output):
+        runpy.run_path(str(ROOT / "gpt2.py"), run_name="__main__")
+    assert output.getvalue() == main("But, soft!") + "\n"
+
+
+def test_the_models_are_found_from_any_folder(tmp_path):
+    text = main("Good night", 5) + "\n"
+    words = ("Good night", "--n_tokens_to_generate", 5, "--model_size")
+    for folder, size in [(tmp_path, "1M"), (ROOT / "models", "1M/"), (ROOT, "models/1M/")]:
+        result = run(*words, size, code=(str(ROOT / "gpt2.py"),), cwd=folder)
+        assert (result.out, result.err) == (text, "")
+
+
+@posix
+def test_a_prompt_that_is_not_utf_8_is_an_error_in_one_line():
+    result = run(b"caf\xe9", *TINY)
+    assert is_one_line(result) and "not utf-8" in result.err
 
 
 @posix

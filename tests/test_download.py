@@ -15,16 +15,19 @@ from subprocess import PIPE, Popen
 import filelock  # noqa: F401 (early, because the user nobody may not be able to read it)
 import pytest
 import requests
-from conftest import COMMITTED, ROOT
+from conftest import COMMITTED, ROOT, index_of, varint
 
 import gpt2
 import utils
 
 ORIGINAL = ROOT.parent / "shared" / "gpt2" / "124M"
 DATA = utils.DATA
+LONG = "x" * 9000
 PAGE = b"<!DOCTYPE html>\n<html>Please log in</html>\n"
-DAMAGE = [*itertools.product(utils.FILES, [0.0, PAGE, b""]), (DATA, 0.5), (DATA, 1.0)]
-DAMAGE += [("hparams.json", b'{"n_ctx": 16}'), (DATA, (COMMITTED / DATA).read_bytes()[:-1])]
+DAMAGE = [*itertools.product(utils.FILES[:-1], [0.0, PAGE, b""]), (DATA, 0.0), (DATA, 0.5)]
+DAMAGE += [(DATA, 1.0), (DATA, (COMMITTED / DATA).read_bytes() + b"x")]
+DAMAGE += [("hparams.json", b'{"n_ctx": 16}'), ("encoder.json", "half without a length")]
+DAMAGE += [("checkpoint", b'model_checkpoint_path: "model-1000"')]
 posix = pytest.mark.skipif(os.name == "nt", reason="needs the limits and the users of POSIX")
 
 
@@ -32,7 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `server.content`. For a file's name, `server.faults` has the faults of its answers.
 
     A whole number is a status, a fraction is the place where a bit flips, bytes come instead, and
-    "a tenth" of the file is what comes before the connection breaks.
+    "a tenth" of the file is what comes before the connection breaks. "half of it" looks complete,
+    as a proxy may send it, and so does "half without a length".
     """
 
     def log_message(self, *args): ...
@@ -45,17 +49,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             whole = gzip.compress(whole)
         start = int(asked[6:-1]) if asked and fault != "no ranges" else 0
         status = 416 if start >= len(whole) else 206 if start else 200
-        status = fault if isinstance(fault, int) else status
+        status = fault if isinstance(fault, int) else 418 if fault == LONG else status
         body = fault if isinstance(fault, bytes) else whole[start:] if status < 400 else b""
         if isinstance(fault, float):
             i = int(fault * (len(body) - 1))
             body = body[:i] + bytes([body[i] ^ 1]) + body[i + 1 :]
+        if fault in ("half of it", "half without a length") and len(body) > 1000:
+            body = body[: len(body) // 2]
         sent = {"a byte": 1, "a tenth": len(whole) // 10, "a half": len(whole) // 2}
         sent = sent.get(fault, len(body))
         server.log.append((self.path, asked, len(body[:sent])))
-        self.send_response(status)
-        if fault != "no length":
+        self.send_response(status, fault if fault == LONG else None)
+        if fault not in ("no length", "half without a length"):
             self.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
         if server.retry_after:
             self.send_header("Retry-After", server.retry_after)
         self.end_headers()
@@ -103,7 +111,8 @@ def start(server, tmp_path):
     def start(first=""):
         code = f"import gpt2, utils; utils.SHA256 = {server.sha256}\n{first}\n"
         code += "utils.command_line(gpt2.main)"
-        words = [sys.executable, "-c", code, "Rome", "8", "355M", str(tmp_path)]
+        words = [sys.executable, "-c", code, "Rome", "--n_tokens_to_generate", "8"]
+        words += ["--model_size", "355M", "--models_dir", str(tmp_path)]
         return Popen(words, cwd=ROOT, stdout=PIPE, stderr=PIPE, encoding="utf-8")
 
     return start
@@ -154,12 +163,13 @@ def test_the_known_digests_are_those_of_openais_vocabulary():
     assert {name: sha256(contents[name]).hexdigest() for name in contents} == utils.SHA256
 
 
-@pytest.mark.parametrize("status, tries", [(403, 1), (404, 1), (503, 5)])
-def test_a_refusal_ends_at_once_and_a_broken_server_after_five_tries(status, tries, server, folder):
-    server.faults[DATA] = itertools.repeat(status)
-    with pytest.raises(OSError, match=f"{server.url}/355M/{DATA} did not arrive"):
+@pytest.mark.parametrize("fault, tries", [(403, 1), (404, 1), (LONG, 1), (503, 5)])
+def test_a_refusal_ends_at_once_and_a_broken_server_after_five_tries(fault, tries, server, folder):
+    server.faults[DATA] = itertools.repeat(fault)
+    with pytest.raises(OSError, match=f"^{server.url}/355M/{DATA} did not arrive .*: ") as error:
         download(folder)
     assert len(server.log) == tries and sum(server.pauses) < 10
+    assert "Run again" not in str(error.value) and len(str(error.value)) < 800
 
 
 @pytest.mark.parametrize("retry_after, pauses", [(None, [1, 2]), ("3600", [30, 30, 30])])
@@ -175,7 +185,7 @@ def test_without_a_network_the_message_names_a_model_that_needs_none(server, fol
         deaf.bind(("127.0.0.1", 0))  # It does not listen, so a connection is refused.
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         monkeypatch.setenv("GPT2_BASE_URL", url)
-        with pytest.raises(OSError, match=rf"^{url}/.* did not arrive .*: .*\n.*--model_size 1M"):
+        with pytest.raises(OSError, match=rf"^{url}/.* did not arrive .*: .*\n.* 1M, needs no"):
             download(folder)
     assert len(server.pauses) <= 2 and sum(server.pauses) <= 4
 
@@ -214,7 +224,14 @@ def test_a_damaged_file_never_gets_its_name_and_is_fetched_anew(name, fault, ser
 
 def test_a_killed_process_loses_nothing(server, folder, start):
     server.faults[DATA] = iter(["a half"])
-    server.content[DATA] = server.content[DATA].ljust(1 << 25)  # A half is more than any buffer.
+    # One more tensor, so that a half is more than any buffer: its type, place and checksum.
+    place, size = len(server.content[DATA]), 1 << 25
+    entry = b"\x08\x01\x12\x00\x20" + varint(place) + b"\x28" + varint(size)
+    entry += b"\x35" + utils.masked_crc32c(bytes(size)).to_bytes(4, "little")
+    entries = dict(utils.read_table(server.content[utils.INDEX])) | {b"more": entry}
+    server.content[DATA] += bytes(size)
+    server.content[utils.INDEX] = index_of(entries)
+    (folder / utils.INDEX).write_bytes(server.content[utils.INDEX])
     part, half = folder / f"{DATA}.part", len(server.content[DATA]) // 2
     with start() as process:
         while process.poll() is None and not (part.exists() and part.stat().st_size):
@@ -266,9 +283,32 @@ def test_a_folder_that_cannot_be_written_is_named(server):
         assert has(Path(models, "355M"), server)
 
 
-def test_a_connection_that_brings_nothing_new_is_given_up(server, folder):
+@pytest.mark.parametrize("fault", ["a byte", 416])
+def test_every_download_ends_after_a_fixed_number_of_tries(fault, server, folder):
     (folder / f"{DATA}.part").write_bytes(server.content[DATA][:1000])
-    server.faults[DATA] = itertools.repeat("a byte")
-    with pytest.raises(OSError, match="did not arrive"):
+    server.faults[DATA] = itertools.cycle([fault, "a byte"])
+    with pytest.raises(OSError, match=r"did not arrive .*: .*Run again to go on"):
         download(folder)
-    assert len(server.log) == 1
+    assert len(server.log) == utils.TRIES and DATA not in os.listdir(folder)
+
+
+@pytest.mark.parametrize("fault", ["half of it", "half without a length"])
+def test_a_file_that_is_only_too_short_is_kept_and_completed(fault, server, folder):
+    server.faults[DATA] = itertools.repeat(fault)
+    size = len(server.content[DATA])
+    download(folder)  # Each answer brings half of the rest.
+    assert has(folder, server) and sum(sent for _, _, sent in server.log) < size + len(server.log)
+
+
+def test_a_file_that_stays_too_short_is_kept(server, folder):
+    server.content[DATA] = server.content[DATA][:-1]
+    with pytest.raises(OSError, match=r"ended too early\. Run again to go on"):
+        download(folder)
+    assert (folder / f"{DATA}.part").read_bytes() == server.content[DATA]
+
+
+def test_a_tilde_stands_for_the_home_of_the_user(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    download("~/models/355M")
+    assert has(tmp_path / "models" / "355M", server)

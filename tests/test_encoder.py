@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from encoder import bytes_to_unicode, get_encoder
+from encoder import Encoder, bytes_to_unicode, get_encoder
 
 # As in tiktoken's own definition of "gpt2".
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -164,16 +164,21 @@ def test_two_files_are_read_alike_under_either_name(names, line_end, start, tmp_
         ("encoder.json", b'{"!": 0,', "encoder.json is not a JSON object"),
         ("encoder.json", b'{"!": 0, "a": 2}', "encoder.json does not number its tokens"),
         ("encoder.json", b'{"!": 0, "a": true}', "encoder.json does not number its tokens"),
-        ("encoder.json", json.dumps(VOCABULARY | {"xy": 300}).encode(), "do not belong together"),
-        ("vocab.bpe", b"#version: 0.2\nq q", "do not belong together"),
+        ("encoder.json", b'{"!": 0, "a": 1.0}', "encoder.json does not number its tokens"),
+        ("encoder.json", b'{"!": 0, "a": "1"}', "encoder.json does not number its tokens"),
+        ("encoder.json", b'{"a": ' + b"[" * 100_000, "encoder.json is not a JSON object"),
+        ("encoder.json", json.dumps(VOCABULARY | {"xy": 300}).encode(), "no merge makes .* 'xy'"),
+        ("encoder.json", json.dumps(VOCABULARY | {"x" * 999: 300}).encode(), "no merge makes"),
+        ("vocab.bpe", b"#version: 0.2\nq q", "a merge makes 'qq', which is no token"),
         ("vocab.bpe", b"#version: 0.2\n\xc4", "vocab.bpe is not UTF-8"),
-        ("vocab.bpe", b"#version: 0.2\n", "do not belong together"),
-        ("vocab.bpe", b"he\n", "do not belong together"),
-        ("vocab.bpe", b"h e x\n", "do not belong together"),
+        ("vocab.bpe", b"#version: 0.2\n", "no merge makes"),
+        ("vocab.bpe", b"he\n", "more or less than two parts"),
+        ("vocab.bpe", b"h e x\n", "more or less than two parts"),
         ("added_tokens.json", b"[]", "added_tokens.json is not a JSON object"),
         ("added_tokens.json", b'{"<s>": 301}', "does not number its tokens"),
         ("special_tokens_map.json", b"\xff", "special_tokens_map.json is not UTF-8"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"300": {}}}', "no byte-level BPE"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": 5}', "no byte-level BPE"),
     ],
 )
 def test_a_damaged_file_is_named(name, content, message, tmp_path):
@@ -182,33 +187,55 @@ def test_a_damaged_file_is_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         get_encoder(tmp_path.name, tmp_path.parent)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(tmp_path)) + 150  # however much is wrong
 
 
 TEXT = "the user: naïve é, <s>the<|endoftext|>user:"
 CONTENT = {"content": "user:", "lstrip": False, "normalized": False, "special": True}
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("added_tokens.json", {"user:": 300}),
-        ("special_tokens_map.json", {"pad_token": "user:"}),
-        ("special_tokens_map.json", {"pad_token": CONTENT, "bos_token": "<|endoftext|>"}),
-        ("special_tokens_map.json", {"additional_special_tokens": ["<s>", "user:"]}),
-        ("special_tokens_map.json", {"additional_special_tokens": [CONTENT]}),
-        ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "name": "th"}),
-        ("tokenizer_config.json", {"sep_token": {"__type": "AddedToken"} | CONTENT}),
-        ("tokenizer_config.json", {"extra_special_tokens": {"user_token": "user:"}}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"300": CONTENT}}),
-    ],
-)
-def test_added_tokens_are_found_in_each_file_beside_the_vocabulary(name, content):
-    files = {name: content}
-    if not {"added_tokens_decoder", "user:"} & {*content}:  # then the file only names the token
-        files["vocab.json"] = VOCABULARY | {"user:": 300}
-    encoder, library = ours(files), theirs(["<|endoftext|>", "user:"])
-    assert encoder.encode(TEXT, allowed_special="all") == library.encode(TEXT).ids
-    assert encoder.decode([300, THE, 300]) == "user: theuser:"
+NAMING = [  # ways to name a token beside its tokenizer
+    ("special_tokens_map.json", {"pad_token": "user:"}),
+    ("special_tokens_map.json", {"pad_token": CONTENT, "bos_token": "<|endoftext|>"}),
+    ("special_tokens_map.json", {"additional_special_tokens": ["<|endoftext|>", "user:"]}),
+    ("special_tokens_map.json", {"additional_special_tokens": [CONTENT]}),
+    ("tokenizer_config.json", {"pad_token": "user:", "add_bos_token": False, "name": "th"}),
+    ("tokenizer_config.json", {"sep_token": {"__type": "AddedToken"} | CONTENT}),
+    ("tokenizer_config.json", {"extra_special_tokens": {"user_token": "user:"}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"300": CONTENT}}),
+    ("added_tokens.json", {"user:": 300}),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), NAMING)
+def test_a_token_that_is_named_beside_the_vocabulary_is_found(name, content):
+    vocabulary = VOCABULARY | {"user:": 300}
+    library = theirs(["<|endoftext|>", "user:"])
+    in_json = json.loads(theirs(["<|endoftext|>"], vocabulary=vocabulary).to_str())
+    for files in ({"vocab.json": vocabulary}, {"tokenizer.json": in_json}):
+        encoder = ours(files | {name: content})
+        assert encoder.encode(TEXT, allowed_special="all") == library.encode(TEXT).ids
+        assert encoder.decode([300, THE, 300]) == "user: theuser:"
+
+
+@pytest.mark.parametrize(("name", "content"), NAMING)
+def test_a_token_that_is_named_but_has_no_id_is_refused(name, content):
+    in_json = json.loads(theirs(["<|endoftext|>"]).to_str())
+    for files in ({}, {"tokenizer.json": in_json}):
+        if files or name != "added_tokens.json":  # There, the token has an id.
+            with pytest.raises(ValueError, match="has no token 'user:', but a file beside it"):
+                ours(files | {name: content})
+
+
+SWITCHES = ["add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_setting_that_changes_the_ids_is_refused_by_name(switch):
+    for files in ({}, {"tokenizer.json": json.loads(theirs().to_str())}):
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {switch} must be False"):
+            ours(files | {"tokenizer_config.json": {switch: True}})
+        assert ours(files | {"tokenizer_config.json": {switch: False}}).encode(" the") == [THE]
 
 
 @pytest.mark.parametrize("named", [["<|endoftext|>"], ["<|endoftext|>", "<s>"]])
@@ -317,12 +344,28 @@ def test_older_and_newer_ways_to_write_a_tokenizer_json_are_read_alike(text):
     content["model"] = {"vocab": VOCABULARY, "merges": [" ".join(pair) for pair in MERGES]}
     del content["pre_tokenizer"]["use_regex"]
     assert ours({"tokenizer.json": content}).encode(text, allowed_special="all") == ids
+    # transformers 5 writes a template without tokens, and "" where `tokenizers` writes null.
+    content["post_processor"] = {"type": "TemplateProcessing", "special_tokens": {}}
+    content["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": "", "dropout": None}
+    assert ours({"tokenizer.json": content}).encode(text, allowed_special="all") == ids
+
+
+def test_endoftext_starts_and_ends_a_text_if_the_vocabulary_has_it():
+    encoder = ours(theirs())
+    assert (encoder.bos, encoder.eos) == ([299], {299})
+    encoder = Encoder({"a": 0}, [])
+    assert (encoder.bos, encoder.eos) == ([], set())
 
 
 BPE = {"vocab": VOCABULARY, "merges": MERGES}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+BOS = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [1]}}}
 REFUSED = [
     ("normalizer", {"type": "Lowercase"}, "normalizer must be None"),
+    ("decoder", {"type": "WordPiece"}, "type must be 'ByteLevel'"),
+    ("post_processor", BOS, "post_processor 'TemplateProcessing': special_tokens must be None"),
+    ("post_processor", {"type": "Sequence", "processors": [BOS]}, "special_tokens must be None"),
+    ("post_processor", {"type": "RobertaProcessing", "cls": ["a", 64]}, "cls must be None"),
     ("pre_tokenizer", {"type": "Whitespace"}, "type must be 'ByteLevel'"),
     ("pre_tokenizer", BYTE_LEVEL | {"add_prefix_space": True}, "add_prefix_space must be False"),
     ("pre_tokenizer", BYTE_LEVEL | {"use_regex": False}, "use_regex must be True"),
@@ -332,8 +375,11 @@ REFUSED = [
     ("model", BPE | {"vocab": [["a", 0.0]]}, "is no byte-level BPE"),
     ("model", BPE | {"vocab": VOCABULARY | {"a": 64.0}}, "does not number its tokens"),
     ("model", BPE | {"merges": [["h", 1]]}, "is no byte-level BPE"),
-    ("model", BPE | {"merges": [*MERGES, ("R", "o", "me")]}, "do not belong together"),
-    ("model", BPE | {"merges": [*MERGES, ("q", "q")]}, "do not belong together"),
+    ("model", BPE | {"merges": [*MERGES, ("R", "o", "me")]}, "more or less than two parts"),
+    ("model", BPE | {"merges": [*MERGES, ("q", "q")]}, "do not belong together: .* 'qq'"),
+    ("model", BPE | {"dropout": 0.1}, "dropout must be None"),
+    ("model", BPE | {"end_of_word_suffix": "</w>"}, "end_of_word_suffix must be None"),
+    ("model", BPE | {"ignore_merges": True}, "ignore_merges must be False"),
     ("added_tokens", ["<s>"], "is no byte-level BPE"),
     ("added_tokens", [{"id": 301, "content": "[PAD]"}], "does not number its tokens"),
     ("added_tokens", [{"id": 5, "content": "[PAD]"}], "does not number its tokens"),

@@ -235,8 +235,8 @@ def test_main_writes_forty_tokens_of_124m_greedily_by_default():
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     assert defaults.pop("show")("text") == "text"
     assert defaults == {
-        "n_tokens_to_generate": 40, "model_size": "124M", "models_dir": "models",
-        "temperature": None, "top_k": None, "top_p": 1.0, "seed": None,
+        "n_tokens_to_generate": 40, "model_size": "124M", "models_dir": None,
+        "temperature": None, "top_k": None, "top_p": None, "seed": None,
     }  # fmt: skip
 
 
