@@ -9,37 +9,39 @@ from pathlib import Path
 import regex
 
 END_OF_TEXT = "<|endoftext|>"
-# The text is cut into words first, because no token reaches from one word into the next. A word is
-# a run of letters, of digits or of other signs, with the space before it. In longer white space,
-# the last character belongs to the word that follows.
+# A text is cut into words first, because no token reaches from one word into the next. A word is
+# an ending such as 's, or a run of letters, of digits or of other signs, with the space before it.
+# In a run of white space, the last character is left for the word that follows.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend, such as a damaged file or a number that is out of range.
+    """A mistake that the user can correct, such as a damaged file or a number that is too large.
 
-    The command prints it as one line. Any other ValueError is a mistake in the code, whose
-    traceback is needed.
+    The command prints only its message. Any other ValueError is a bug, and keeps its traceback.
     """
 
 
 def bytes_to_unicode():
-    """Return a visible character for each byte: Latin-1's own, or one from U+0100 on.
+    """Return a visible character for each byte.
+
+    If the byte is a visible character in Latin-1, it is this one. The other bytes get the
+    characters from U+0100 on.
 
     >>> "".join(bytes_to_unicode()[byte] for byte in "a café".encode("utf-8"))
     'aĠcafÃ©'
     """
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    chars = {byte: chr(byte) for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")}
+    hidden = [byte for byte in range(256) if byte not in chars]
+    return chars | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
 class Encoder:
-    """A tokenizer: the ids of its tokens, and the pairs to merge into tokens, the first one first.
+    """A tokenizer, made of the ids of its tokens, and of the pairs to merge, in order of priority.
 
-    `special` and `added` name the tokens that stand for a text as a whole, such as <|endoftext|>.
-    Special ones are found first and added ones in the rest, as in Hugging Face's `tokenizers`.
-    `bos` has the ids that an empty prompt starts from, and `eos` those that end a text. Both are
+    Special and added tokens, such as <|endoftext|>, can be found in a text before it is cut into
+    words: the special ones first, and the added ones in the rest, as in Hugging Face's library
+    `tokenizers`. `bos` are the ids that start a text, and `eos` those that end one. Both are
     <|endoftext|>, if the vocabulary has it. The loader of a model may set others.
 
     >>> merges = [("l", "o"), ("lo", "w"), ("e", "r")]
@@ -59,14 +61,16 @@ class Encoder:
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
-        self.special = {token: encoder[token] for token in (*special, *added) if token}
+        # The ids of both kinds. A token with an empty name cannot be found in a text.
+        names = {*special, *added, END_OF_TEXT} & encoder.keys() - {""}
+        self.special = {token: encoder[token] for token in names}
         self.added = {*added}
         self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
         self.eos = {*self.bos}
         self.cache = {}
 
     def bpe(self, word):
-        """Merge neighbours in one word, each time the pair that comes first in the merges."""
+        """Merge neighbours in one word, each time the pair with the highest priority."""
         # Every part stands between two spaces of its own, so that only whole parts are replaced.
         parts = "".join(f" {char} " for char in word)
         while pairs := {pair for pair in pairwise(parts.split()) if pair in self.bpe_ranks}:
@@ -75,38 +79,43 @@ class Encoder:
         return parts.split()
 
     def encode(self, text, allowed_special=()):
-        """Turn text into ids. As in OpenAI's code, <|endoftext|> is plain text like any other.
+        """Turn text into ids. By default, <|endoftext|> is plain text, as in OpenAI's code.
 
-        With `allowed_special`, special and added tokens in the text become one id each: "all" of
-        them, or those in a set of their names. Where several begin, the longest counts. Raises
-        ValueError for a lone surrogate, which has no UTF-8, and for a byte that has no token.
+        `allowed_special` is a set of special and added tokens, or "all" of them. In the text, these
+        become one id each. If several of them begin at one place, the longest is taken. Raises
+        ValueError for a text that cannot be written in UTF-8, and for a byte without a token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
         names = self.special.keys() & allowed
         ids = []
         for piece in cut(text, names - self.added):
+            # A special token is not cut again.
             parts = [piece] if piece in names else cut(piece, names & self.added)
             for part in parts:
                 ids += [self.special[part]] if part in names else self.encode_ordinary(part)
         return ids
 
     def encode_ordinary(self, text):
-        """Turn text into ids, without a look for special and added tokens."""
+        """Turn text into ids, without looking for special and added tokens."""
         words = regex.findall(PATTERN, text)
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
-            if missing := [token for token in tokens if token not in self.encoder]:
-                byte = f"{self.byte_decoder[missing[0]]:#04x} in {reprlib.repr(word)}"
-                raise UserError(f"the vocabulary has no token for the byte {byte}")
+            for token in tokens:
+                if token not in self.encoder:
+                    where = f"{self.byte_decoder[token]:#04x} in {reprlib.repr(word)}"
+                    raise UserError(f"the vocabulary has no token for the byte {where}")
             self.cache[word] = [self.encoder[token] for token in tokens]
         return [id for word in words for id in self.cache[word]]
 
     def decode(self, ids):
-        """Turn ids into text, with U+FFFD for what is no UTF-8. Raises ValueError for no id."""
+        """Turn ids into text, with U+FFFD for bytes that are not UTF-8.
+
+        Raises ValueError for an id that is not in the vocabulary.
+        """
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids):
-        """Yield the text of each id as it comes. A character that is cut in two waits for its rest.
+        """Yield the text of each id as it comes. A part of a character waits for the next id.
 
         >>> toy = Encoder({char: byte for byte, char in bytes_to_unicode().items()}, [])
         >>> list(toy.decode_stream(toy.encode("né!")))
@@ -123,22 +132,23 @@ class Encoder:
         """Return the bytes that a token stands for.
 
         Most tokens are spelled with one visible character for each byte. Special and added tokens
-        are spelled as they look, and so is an unused token such as [日本].
+        are spelled as they look, and so are unused tokens such as [日本].
         """
-        if token in self.special or not self.byte_decoder.keys() >= {*token}:
-            return token.encode("utf-8")
-        return bytes(self.byte_decoder[char] for char in token)
+        if token not in self.special and all(char in self.byte_decoder for char in token):
+            return bytes(self.byte_decoder[char] for char in token)
+        return token.encode("utf-8")
 
 
 def cut(text, names):
     """Cut a text before and after each of these tokens."""
-    pattern = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = "|".join(map(regex.escape, longest_first))
     return regex.split(f"({pattern})", text) if names else [text]
 
 
 # --- Reading a tokenizer from its folder ---
 
-# A tokenizer has its tokens in one of these files. Two of them have their merges in another one.
+# The files that can have the vocabulary, in order of priority, and the file that has the merges.
 TOKENIZERS = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 
 
@@ -147,54 +157,56 @@ def get_encoder(model_name, models_dir):
 
     It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
     OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and `single_word` of added
-    tokens are ignored. Raises FileNotFoundError where a file is missing, and ValueError where one
-    is damaged, or asks for other ids than GPT-2's byte-level BPE would give.
+    tokens are ignored. Raises FileNotFoundError if a file is missing, and ValueError if one is
+    damaged, or has settings that would change the ids.
     """
-    folder = Path(models_dir, model_name).expanduser()
+    folder = home(Path(models_dir, model_name))
     found = [folder / name for name in TOKENIZERS if (folder / name).exists()]
     path = found[0] if found else folder / "tokenizer.json"
-    read = read_two_files if TOKENIZERS[path.name] else read_tokenizer_json
-    more = read_json(folder / "added_tokens.json", optional=True)
+    read = read_tokenizer_json if path.name == "tokenizer.json" else read_two_files
+    added_ids = read_json(folder / "added_tokens.json", optional=True)
+    named = read_named_tokens(folder)
     try:
-        vocabulary, merges, special, added = read(path, more, read_named_tokens(folder))
+        vocabulary, merges, special, added = read(path, added_ids, named)
         check_vocabulary(path, vocabulary, merges, special | added)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no byte-level BPE: {error!r}") from None
-    special |= ({END_OF_TEXT} & vocabulary.keys()) - added
+        raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
     return Encoder(vocabulary, merges, special, added)
 
 
-def read_tokenizer_json(path, more, named):
-    """Read a `tokenizer.json`: its vocabulary, merges, special tokens and added tokens.
+def read_tokenizer_json(path, added_ids, named):
+    """Return the vocabulary, the merges, the special and the added tokens of a `tokenizer.json`.
 
-    It should have all tokens in `added_tokens.json`, which are `more`, and in the settings.
+    It must have the tokens in `added_ids` and in `named` already, because those have no ids here.
     """
     content = read_json(path)
-    model, splits = content["model"], content["pre_tokenizer"]
+    model, pre_tokenizer = content["model"], content["pre_tokenizer"]
     require(path, content, normalizer=None)
-    require(path, splits, type="ByteLevel", add_prefix_space=False, use_regex=True)
+    require(path, pre_tokenizer, type="ByteLevel", add_prefix_space=False, use_regex=True)
     require(path, content.get("decoder") or {}, type="ByteLevel")
     require(path, model, dropout=None, ignore_merges=False, byte_fallback=False)
     require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
-    last = content.get("post_processor") or {}
-    for step in last.get("processors", [last]):  # None of them may add tokens to every text.
+    processor = content.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):  # of a sequence, or the only one
         where = f"{path}: post_processor {reprlib.repr(step.get('type'))}"
+        # A template adds `special_tokens` to every text. Some others add `cls` and `sep`.
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # `tokenizers` calls those tokens normalized that it finds after the others.
+    # "normalized" tokens are found last. By default, they are those that are not "special".
     added = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
-    # Older files have each merge as one text.
+    special = (named | added_ids.keys() | ids.keys()) - added
+    # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    special = (named | more.keys() | ids.keys()) - added
     return model["vocab"] | ids, merges, special, added
 
 
-def read_two_files(path, more, named):
-    """Read the same from `vocab.json` and `merges.txt`, or from OpenAI's two files."""
+def read_two_files(path, added_ids, named):
+    """Return the same four parts of `vocab.json` and `merges.txt`, or of OpenAI's two files."""
     lines = read_text(path.with_name(TOKENIZERS[path.name])).split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return read_json(path) | more, merges, named, more.keys() - named
+    vocabulary = read_json(path) | added_ids
+    return vocabulary, merges, named, added_ids.keys() - named
 
 
 def read_named_tokens(folder):
@@ -207,65 +219,85 @@ def read_named_tokens(folder):
         settings = read_json(path, optional=True)
         require(path, settings, add_bos_token=False, add_eos_token=False, add_prefix_space=False)
         require(path, settings, split_special_tokens=False)
-        values += [settings[field] for field in settings if field.endswith("_token")]
-        for field in ("additional_special_tokens", "extra_special_tokens"):
-            several = settings.get(field) or []
-            values += several.values() if isinstance(several, dict) else several
-        values += settings.get("added_tokens_decoder", {}).values()
-    contents = [value["content"] for value in values if isinstance(value, dict)]
-    return {value for value in [*values, *contents] if isinstance(value, str)}
+        for field, value in settings.items():
+            if field.endswith(("_token", "special_tokens", "added_tokens_decoder")):
+                values.append(value)
+    tokens = set()
+    for value in values:  # a text, a dict with the text as its content, or several of them
+        if isinstance(value, str):
+            tokens.add(value)
+        elif isinstance(value, dict):
+            values += [value["content"]] if "content" in value else value.values()
+        elif isinstance(value, list):
+            values += value
+    return tokens
 
 
 def check_vocabulary(path, vocabulary, merges, names):
-    """Raise UserError unless the ids have no gap, and the merges make just the tokens.
+    """Raise UserError unless the ids have no gap, and the merges make exactly the tokens.
 
     `names` are the special and the added tokens, which no merge makes.
     """
     ids = vocabulary.values()
-    if {*map(type, ids)} != {int} or sorted(ids) != [*range(len(ids))]:
+    if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
         raise UserError(f"{path} does not number its tokens from 0 on without a gap")
-    for token in names - vocabulary.keys():
+    for token in names - vocabulary.keys() - {""}:
         raise UserError(f"{path} has no token {reprlib.repr(token)}, but a file beside it names it")
     problem = f"{path}: its tokens and its merges do not belong together"
-    if {*map(len, merges)} - {2}:
-        raise UserError(f"{problem}, because a merge has more or less than two parts")
+    if any(len(pair) != 2 for pair in merges):
+        raise UserError(f"{problem}: a merge does not have two parts")
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is no token")
-    # What is left are single bytes, and unused tokens such as [PAD].
+    # The rest are single bytes, and unused tokens such as <pad> and [PAD].
     for token in vocabulary.keys() - merged - names:
         if not regex.fullmatch(r".?|<.+>|\[.+\]", token):
             raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")
 
 
+# --- Reading files ---
+
+
 def require(path, settings, **wanted):
-    """Raise UserError if a setting is there and has another value. null and "" count as False."""
+    """Raise UserError if a setting is there and is not as wanted."""
     for name, value in wanted.items():
         found = settings.get(name, value)
-        if found != value and (found or value):
+        both_are_off = not found and not value  # For False, a file may have null or "".
+        if found != value and not both_are_off:
             raise UserError(f"{path}: {name} must be {value!r}, not {reprlib.repr(found)}")
 
 
 def read_json(path, optional=False):
-    """Read the dict in a JSON file. An optional file that is not there counts as an empty dict.
+    """Return the dict in a JSON file. An optional file that is not there counts as an empty dict.
 
-    Raises UserError, which names the file, for anything else.
+    Raises UserError, which names the file, if it holds anything else.
     """
     if optional and not path.exists():
         return {}
     text = read_text(path)
     try:
-        return {**json.loads(text)}
-    except (RecursionError, TypeError, ValueError) as error:
+        content = json.loads(text)
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def read_text(path):
-    """Read UTF-8, with or without a byte order mark; every line end becomes "\n".
+    """Read UTF-8, with or without a byte order mark. Every line end becomes a line feed.
 
-    Raises UserError, which names the file, for anything else.
+    Raises UserError, which names the file, if it is not UTF-8.
     """
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason}") from None
+
+
+def home(path):
+    """Return a path, with the user's home in place of a ~ at its start."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None

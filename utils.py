@@ -1,11 +1,15 @@
-"""Open a GPT-2 from its folder, download OpenAI's models, and run the command.
+"""Load a GPT-2 model from its folder, download OpenAI's models, and run the command.
 
     encoder, hparams, params = load_encoder_hparams_and_params("124M", "models")
 
 A model is a table of contents and raw numbers. The table says for every tensor its name, its type,
-its shape and where its bytes lie. OpenAI's table is `model.ckpt.index`, and Hugging Face's is the
-header of `model.safetensors`. So nothing is converted: the file of numbers is mapped into memory,
-and the parameters are views of it. The system reads a page of the file when it is first used.
+its shape and where its bytes are. OpenAI's table is `model.ckpt.index`, and Hugging Face's is the
+header of `model.safetensors`. The file of numbers is mapped into memory, and the parameters are
+views of it. So float32 numbers are not copied, and the system reads a page of the file when it is
+first used.
+
+A model in a folder needs only NumPy and regex. So the packages for downloads and for the command
+are imported in the functions that use them.
 """
 
 import collections
@@ -23,52 +27,58 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import TOKENIZERS, UserError, get_encoder, read_json, read_text, require
+from encoder import TOKENIZERS, UserError, get_encoder, home, read_json, read_text, require
 
 MODELS = Path(__file__).resolve().parent / "models"
 SIZES = ("124M", "355M", "774M", "1558M")
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+# In the order of their downloads: the data file is checked with the index.
 FILES = ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe", INDEX, DATA)
-SHA256 = {  # of the tokenizer, which is the same in all sizes
+SHA256 = {  # of the tokenizer, which is the same for all sizes
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-TRIES = 20  # of each download
+MAX_ANSWERS = 20  # for each file: after a broken connection, the rest is requested
 BUNDLED = "The bundled model, 1M, needs no network."
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
 
-# OpenAI's name of each size, and Hugging Face's.
-HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
-HPARAMS |= {name: name for name in ("n_embd", "n_head", "n_layer")}
-# What Hugging Face's library takes for a size that is left out.
+# OpenAI's names of the hparams, and Hugging Face's.
+HPARAMS = {
+    "n_vocab": "vocab_size", "n_ctx": "n_positions",
+    "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer",
+}  # fmt: skip
+# Hugging Face's defaults for them.
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
-# What a config.json must say, or leave out: `gpt2` computes nothing else. The last two are other
-# names of n_head and n_layer.
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-FIXED |= {"tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False}
-FIXED |= {"scale_attn_by_inverse_layer_idx": False, "quantization_config": None}
-FIXED |= {"num_attention_heads": None, "num_hidden_layers": None}
-# NumPy's names for the types of safetensors, and for those of TensorFlow, which are numbers. NumPy
-# has no bfloat16: it is read as whole numbers of the same size.
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", 1: "<f4", 19: "<f2", 14: "<u2"}
+# What else a config.json may say. `gpt2` computes nothing else. None is for what must not be set:
+# the last two are other names for n_head and n_layer, which would overrule them.
+FIXED = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
+    "scale_attn_by_inverse_layer_idx": False, "quantization_config": None,
+    "num_attention_heads": None, "num_hidden_layers": None,
+}  # fmt: skip
+# NumPy's names for the types of the two formats. NumPy has no bfloat16: it is read as uint16.
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors
+DTYPES |= {1: "<f4", 19: "<f2", 14: "<u2"}  # TensorFlow: DT_FLOAT, DT_HALF, DT_BFLOAT16
 
 
 def load_encoder_hparams_and_params(model_size, models_dir):
-    """Load a model. A published size that is missing is downloaded into `models_dir/model_size`.
+    """Load a model.
 
     `model_size` is a published size, the name of a folder in `models_dir`, or the path of any other
-    folder. With `models_dir` None, the models are in `models` beside this file. A folder with a
-    `config.json` has Hugging Face's layout. Of its `generation_config.json`, only the tokens that
-    start and end a text are read.
+    folder. A published size that is missing is downloaded into `models_dir/model_size`. With
+    `models_dir` None, the models are in `models` beside this file.
+
+    A folder with a `config.json` has Hugging Face's layout. From its `generation_config.json`, only
+    the ids that start and end a text are used. A file may pad `wte` with rows that belong to no
+    token. They are cut off, so that they cannot be chosen.
 
     Returns the `Encoder`, OpenAI's hparams as a dict, and the parameters as nested dicts and lists
-    of float32 arrays, which are read-only. `wte` may have more rows than there are tokens, to pad
-    it to a round number. Such rows are cut off, so that they cannot be chosen.
-
-    Raises ValueError for a name that is no model, and for a file that is damaged or that holds
-    something else than GPT-2; OSError for a file that is missing or cannot be downloaded.
+    of float32 arrays, which are read-only. Raises ValueError for a name that is not a model's, and
+    for a file that is damaged or not GPT-2's; OSError for a file that is missing or cannot be
+    downloaded.
     """
     folder = find_model(model_size, models_dir)
     check_folder(folder)
@@ -85,108 +95,107 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
 
 def find_model(model_size, models_dir):
-    """Return the folder of a model. A published size that is not there is downloaded first."""
+    """Return the folder of a model. A published size that is missing is downloaded first."""
     models = MODELS if models_dir is None else home(models_dir)
-    names = {path.parent.name for path in models.glob("*/*")}
+    names = {path.parent.name for path in models.glob("*/*")}  # of folders that are not empty
     if model_size in names.union(SIZES):
         folder = models / model_size
     elif model_size and home(model_size).is_dir():
         folder = home(model_size)
     else:
         others = ", ".join(sorted(names.difference(SIZES))) or "there is none"
-        where = f"{', '.join(SIZES)}, or a folder in {models.absolute()} ({others})"
-        raise UserError(f"model_size must be {where}, not {model_size!r}")
+        choices = f"{', '.join(SIZES)}, or a folder in {models.absolute()} ({others})"
+        raise UserError(f"model_size must be {choices}, not {model_size!r}")
     if model_size in SIZES and not is_hugging_face(folder):
         download_gpt2_files(model_size, folder)
     return folder
 
 
-def home(path):
-    """Return a path with the home of the user in place of a ~ at its start."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def is_hugging_face(folder):
     """Whether a folder has a file of Hugging Face's layout, even if others are missing."""
     names = ("config.json", "tokenizer.json", "vocab.json", "model*.safetensors*")
-    return any(any(folder.glob(name)) for name in names)
+    return any(path for name in names for path in folder.glob(name))
 
 
 def check_folder(folder):
     """Raise UserError for a folder that cannot be read as it is, and say what to do."""
     has_config = (folder / "config.json").exists()
-    has_pickles = any(folder.glob("pytorch_model*"))
+    has_pickle = any(folder.glob("pytorch_model*"))
     if is_hugging_face(folder) and not has_config:
         raise UserError(f"{folder} is not complete, because config.json is missing.")
-    if has_config and has_pickles and not any(folder.glob("model*.safetensors*")):
-        lines = [f"{folder} has its weights as a pickle. Convert them with these lines of Python:"]
-        for name, kind in {"model": "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}.items():
-            lines.append(f"{name} = transformers.{kind}.from_pretrained({str(folder)!r})")
-            lines.append(f"{name}.save_pretrained({str(folder)!r})")
-        raise UserError("\n".join(lines))
+    if has_config and has_pickle and not any(folder.glob("model*.safetensors*")):
+        raise UserError(
+            f"{folder} has its weights as a pickle. Convert them with these lines of Python:\n"
+            "import transformers\n"
+            f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+            f"model.save_pretrained({str(folder)!r})\n"
+            f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})\n"
+            f"tokenizer.save_pretrained({str(folder)!r})"
+        )
     if not any((folder / name).exists() for name in TOKENIZERS):
         kinds = "tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe"
         raise UserError(f"{folder} has no tokenizer that is understood. It must have {kinds}.")
 
 
 def read_hparams(path, names, **defaults):
-    """Read a JSON file that has the five sizes of a model under these names.
+    """Return the content of a JSON file that has the hparams under these names.
 
-    Raises UserError unless they are whole numbers above 0, and the heads share n_embd.
+    Raises UserError unless they are whole numbers above 0, and n_embd is a multiple of n_head.
     """
-    sizes = defaults | read_json(path)
+    hparams = defaults | read_json(path)
     for name in names:
-        size = sizes.get(name)
-        if type(size) is not int or size < 1:
-            raise UserError(f"{path}: {name} must be a number above 0, not {reprlib.repr(size)}")
-    if sizes["n_embd"] % sizes["n_head"]:
+        value = hparams.get(name)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path}: {name} must be a number above 0, not {reprlib.repr(value)}")
+    if hparams["n_embd"] % hparams["n_head"]:
         raise UserError(f"{path}: n_embd must be a multiple of n_head")
-    return sizes
+    return hparams
 
 
 def load_hugging_face(folder):
-    """Load the sizes and the parameters from a folder as `save_pretrained` writes it."""
+    """Load the hparams and the parameters from a folder as `save_pretrained` writes it."""
     path = folder / "config.json"
     config = read_hparams(path, HPARAMS.values(), **DEFAULTS)
     require(path, config, **FIXED)
-    hparams = {name: config[field] for name, field in HPARAMS.items()}
+    hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     table = read_safetensors(folder)
-    head = "lm_head.weight"
-    if head in table:  # Some files have the tied weights under this name only.
-        table.setdefault("wte.weight", table[head])
+    # `lm_head.weight` is a second name of `wte.weight`. Some files have both, and some one of them.
+    has_lm_head = "lm_head.weight" in table
+    if has_lm_head and "wte.weight" not in table:
+        table["wte.weight"] = table["lm_head.weight"]
 
     def leaf(name, *shape):
         return read_tensor(table, huggingface_name(name), *shape)
 
     params = build_params(hparams, leaf)
-    if head in table and (read_tensor(table, head, *params["wte"].shape) != params["wte"]).any():
-        raise UserError(f"{folder}: {head} is not wte.weight, as it is in GPT-2")
+    if has_lm_head:
+        lm_head = read_tensor(table, "lm_head.weight", *params["wte"].shape)
+        if not np.array_equal(lm_head, params["wte"]):
+            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it is in GPT-2")
     return hparams, params
 
 
 def set_ends(encoder, folder, n_vocab):
-    """Set the ids that a text starts from and ends with, if the model has others than usual.
+    """Set the ids that start and end a text, if the model's configuration has other ones.
 
-    As in Hugging Face's library, `generation_config.json` counts more than `config.json`.
+    As in Hugging Face's library, `generation_config.json` comes before `config.json`.
     """
     config = read_json(folder / "config.json", optional=True)
     config |= read_json(folder / "generation_config.json", optional=True)
 
-    def known(value):
+    def valid_ids(value):
         ids = value if isinstance(value, list) else [value]
-        return [id for id in ids if id in range(n_vocab)]
+        return [id for id in ids if id in range(n_vocab)]  # null, for example, is not
 
-    encoder.bos = known(config.get("bos_token_id")) or encoder.bos
-    encoder.eos = {*known(config.get("eos_token_id"))} or encoder.eos
+    encoder.bos = valid_ids(config.get("bos_token_id")) or encoder.bos
+    encoder.eos = {*valid_ids(config.get("eos_token_id"))} or encoder.eos
 
 
 def build_params(hparams, leaf):
-    """Build the tree of parameters, with `leaf(name, *shape)` for each, in a fixed order.
+    """Build the tree of parameters, with `leaf(name, *shape)` for each of them.
 
-    Names are OpenAI's without the leading `model/`. Shapes are those that `gpt2` takes.
+    The names are OpenAI's without the `model/` at their start. The shapes are those that `gpt2`
+    takes. The calls always come in the same order, because a `leaf` may return random numbers.
     """
     n_embd = hparams["n_embd"]
 
@@ -196,14 +205,18 @@ def build_params(hparams, leaf):
     def linear(name, n_in, n_out):
         return {"w": leaf(f"{name}/w", n_in, n_out), "b": leaf(f"{name}/b", n_out)}
 
+    def attn(name):
+        c_attn = linear(f"{name}/c_attn", n_embd, 3 * n_embd)
+        return {"c_attn": c_attn, "c_proj": linear(f"{name}/c_proj", n_embd, n_embd)}
+
+    def mlp(name):
+        c_fc = linear(f"{name}/c_fc", n_embd, 4 * n_embd)
+        return {"c_fc": c_fc, "c_proj": linear(f"{name}/c_proj", 4 * n_embd, n_embd)}
+
     def block(name):
-        ln_1 = norm(f"{name}/ln_1")
-        attn = {"c_attn": linear(f"{name}/attn/c_attn", n_embd, 3 * n_embd)}
-        attn["c_proj"] = linear(f"{name}/attn/c_proj", n_embd, n_embd)
-        ln_2 = norm(f"{name}/ln_2")
-        mlp = {"c_fc": linear(f"{name}/mlp/c_fc", n_embd, 4 * n_embd)}
-        mlp["c_proj"] = linear(f"{name}/mlp/c_proj", 4 * n_embd, n_embd)
-        return {"ln_1": ln_1, "attn": attn, "ln_2": ln_2, "mlp": mlp}
+        ln_1, attention = norm(f"{name}/ln_1"), attn(f"{name}/attn")
+        ln_2, feed_forward = norm(f"{name}/ln_2"), mlp(f"{name}/mlp")
+        return {"ln_1": ln_1, "attn": attention, "ln_2": ln_2, "mlp": feed_forward}
 
     wte, wpe = leaf("wte", hparams["n_vocab"], n_embd), leaf("wpe", hparams["n_ctx"], n_embd)
     blocks = [block(f"h{i}") for i in range(hparams["n_layer"])]
@@ -213,21 +226,22 @@ def build_params(hparams, leaf):
 def read_tensor(table, name, *shape):
     """Return a tensor of this shape from a table of contents, as a read-only float32 array.
 
-    It is a view of the mapped file where that has aligned float32. Everything else is copied once,
-    here: a product with numbers that are not aligned would copy them each time.
+    An aligned float32 tensor is a view of the mapped file. Any other one is copied once, here,
+    because otherwise every matrix product would copy it.
     """
     if name not in table:
         raise UserError(f"{name} is missing from the weights")
-    path, dtype, found, data = table[name]
-    if dtype not in DTYPES or found not in ([*shape], [1, *shape]):  # OpenAI's have an axis of 1
-        found = f"{dtype} {reprlib.repr(found)}"
-        raise UserError(f"{path}: {name} is {found}, not float32 or float16 {[*shape]}")
+    path, dtype, stored_shape, data = table[name]
+    # OpenAI's matrices are stored with a first axis of 1.
+    if dtype not in DTYPES or stored_shape not in ([*shape], [1, *shape]):
+        what = f"{name} is {dtype} {reprlib.repr(stored_shape)}"
+        raise UserError(f"{path}: {what}, not float32, float16 or bfloat16 {[*shape]}")
     if data.size != np.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise UserError(f"{path} is damaged or cut off: {name} is not complete")
     array = data.view(DTYPES[dtype]).reshape(shape)
-    if DTYPES[dtype] == "<u2":  # bfloat16 is the upper half of a float32
+    if array.dtype == np.uint16:  # bfloat16, which is the upper half of a float32
         array = (array.astype("<u4") << 16).view("<f4")
-    array = np.require(array, np.float32, "A")
+    array = np.require(array, np.float32, ["ALIGNED"])
     array.flags.writeable = False
     return array
 
@@ -236,7 +250,7 @@ def map_file(path):
     """Return the bytes of a file as an array, mapped into memory."""
     try:
         return np.asarray(np.memmap(path, np.uint8, "r"))
-    except (OSError, ValueError):  # Some drives cannot map a file, and no drive an empty one.
+    except (OSError, ValueError):  # Some file systems cannot map files. An empty file has no map.
         return np.fromfile(path, np.uint8)
 
 
@@ -244,22 +258,23 @@ def map_file(path):
 
 
 def read_safetensors(folder):
-    """Read the headers of the weights: of `model.safetensors`, or of the files in its index."""
+    """Read the table of `model.safetensors`, or of the files that an index names."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if path.exists() or not index.exists():
         return read_header(path)
-    weight_map, table = read_json(index).get("weight_map"), {}
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is damaged: it has no weight_map")
+    table = {}
     for name in {*map(str, weight_map.values())}:
-        if name not in os.listdir(folder):
+        if name not in os.listdir(folder):  # It may not be a path to another folder.
             raise UserError(f"{index} is damaged: there is no file {reprlib.repr(name)}")
         table |= read_header(folder / name)
     return table
 
 
 def read_header(path):
-    """Read the table of contents at the start of a file: each tensor's place, by its name.
+    """Read the table of contents at the start of a file.
 
     The first 8 bytes are the length of the header. The header is JSON. For each tensor it has the
     type, the shape, and where the bytes begin and end, counted from the end of the header.
@@ -267,22 +282,21 @@ def read_header(path):
     data = map_file(path)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if start > len(data):
-        advice = "If it came by git, `git lfs pull` may bring the whole file (Git LFS)."
+        advice = "If you cloned the folder with git, run `git lfs pull` (Git LFS)."
         raise UserError(f"{path} is damaged or cut off: its header is not complete. {advice}")
-    table, ends = {}, [0]
+    table, numbers = {}, data[start:]
     try:
         header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            numbers = data[start + begin : start + end]
+            dtype = str(entry["dtype"])[:9]  # which a message may quote
             name = name.removeprefix("transformer.")
-            table[name] = path, str(entry["dtype"])[:20], entry["shape"], numbers
-            ends.append(end)
-        if start + max(ends) != len(data):
-            raise ValueError("header and numbers do not fill the file exactly")
+            table[name] = path, dtype, entry["shape"], numbers[begin:end]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
+    if sum(data.size for *_, data in table.values()) != numbers.size:
+        raise UserError(f"{path} is damaged or cut off: its numbers do not fill the file")
     return table
 
 
@@ -292,23 +306,24 @@ def huggingface_name(name):
     >>> huggingface_name("h0/attn/c_attn/w"), huggingface_name("wte")
     ('h.0.attn.c_attn.weight', 'wte.weight')
     """
-    *path, last = re.sub(r"^h(\d+)", r"h/\1", name).split("/")
-    kinds = {"g": "weight", "w": "weight", "b": "bias"}
-    return ".".join([*path, kinds.get(last, f"{last}.weight")])
+    name = re.sub(r"^h(\d+)", r"h.\1", name).replace("/", ".")
+    if name in ("wte", "wpe"):
+        return f"{name}.weight"
+    layer, last = name.rsplit(".", 1)
+    return f"{layer}.bias" if last == "b" else f"{layer}.weight"
 
 
 # --- TensorFlow's table of contents ---
 #
-# Its form is that of a LevelDB table: google/leveldb, doc/table_format.md. Its values are protocol
-# buffers (protobuf.dev, Encoding) with the fields of tensorflow/core/protobuf/tensor_bundle.proto.
+# It is a table of LevelDB: google/leveldb, doc/table_format.md. Its values are protocol buffers:
+# protobuf.dev, Encoding. Their fields are in tensorflow/core/protobuf/tensor_bundle.proto.
 
-DTYPE, SHAPE, FILE, START, SIZE, CHECKSUM, SLICES = range(1, 8)  # the fields of a tensor
 MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a table
 Tensor = collections.namedtuple("Tensor", "dtype shape file start size checksum")
 
 
 def find_checkpoint(path):
-    """Return the checkpoint that the file `checkpoint` names, as TensorFlow takes it.
+    """Return the path of the checkpoint that the file `checkpoint` names, without `.index`.
 
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
@@ -319,67 +334,71 @@ def find_checkpoint(path):
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
-    """Read a TensorFlow checkpoint into nested dicts of float32 arrays, as `gpt2` takes them.
+    """Read a TensorFlow checkpoint into nested dicts and lists of float32 arrays.
 
-    `tf_ckpt_path` is the path up to `.index`. Raises ValueError for a damaged file, and for a
+    `tf_ckpt_path` is the path without `.index`. Raises ValueError for a damaged file, and for a
     tensor that is missing or not of the shape that `hparams` ask for.
     """
-    n_files, tensors = read_index(f"{tf_ckpt_path}.index")
-    table = {}
+    tensors, table = read_index(f"{tf_ckpt_path}.index"), {}
     for file in {tensor.file for tensor in tensors.values()}:
-        path = f"{tf_ckpt_path}.data-{file:05}-of-{n_files:05}"
+        path = f"{tf_ckpt_path}.{file}"
         data = map_file(path)
-        here = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
-        if len(data) != data_size(here):
-            raise UserError(f"{path} is damaged or cut off: its index says another size")
-        for name, tensor in here.items():
-            numbers = data[tensor.start : tensor.start + tensor.size]
-            table[name] = path, tensor.dtype, tensor.shape, numbers
+        in_file = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
+        if data.size != size_of(in_file):
+            raise UserError(f"{path} is damaged or cut off: its size is not the one in the index")
+        for name, tensor in in_file.items():
+            part = data[tensor.start : tensor.start + tensor.size]
+            table[name] = path, tensor.dtype, tensor.shape, part
     return build_params(hparams, lambda name, *shape: read_tensor(table, f"model/{name}", *shape))
 
 
-def data_size(tensors):
+def size_of(tensors):
     """Return the size in bytes of the file that these tensors fill."""
     return max((tensor.start + tensor.size for tensor in tensors.values()), default=0)
 
 
 def read_index(path):
-    """Read a table: return the number of data files, and a `Tensor` for each name.
+    """Return the `Tensor` for each name in a table.
 
     Raises UserError if a checksum is wrong, or anything else is not as TensorFlow writes it.
     """
     data = Path(path).read_bytes()
     try:
+        # Not all names are UTF-8. In Latin-1, every byte is a character.
         entries = {key.decode("latin-1"): read_fields(value) for key, value in read_table(data)}
-        n_files = sum(entries.pop("")[1])  # The empty name has the header of the table.
-        tensors = {name: read_entry(entry) for name, entry in entries.items()}
-        if any(tensor.file >= n_files for tensor in tensors.values()):
-            raise ValueError("a tensor is in a file that does not exist")
+        n_files = integer(entries.pop(""), 1)  # The entry without a name is about the whole table.
+        return {name: read_entry(entry, n_files) for name, entry in entries.items()}
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
-    return n_files, tensors
 
 
-def read_entry(fields):
-    """Turn the fields of an entry into a `Tensor`. A field that is 0 is left out: `sum` gives 0."""
-    shape = [sum(read_fields(dimension)[1]) for dimension in read_fields(fields[SHAPE][0])[2]]
-    dtype, *numbers = (sum(fields[i]) for i in (DTYPE, FILE, START, SIZE, CHECKSUM))
-    if dtype == 0:
-        raise ValueError("a tensor has no type")
-    return Tensor("in partitions" if fields[SLICES] else dtype, shape, *numbers)
+def read_entry(fields, n_files):
+    """Turn the fields of a BundleEntryProto into a `Tensor`.
+
+    Its fields are 1 type, 2 shape, 3 number of the file, 4 first byte, 5 size in bytes, 6 checksum,
+    and 7 partitions. A shape has a message for each axis in its field 2, with the size in field 1.
+    """
+    dtype, file, start, size, checksum = (integer(fields, i) for i in (1, 3, 4, 5, 6))
+    axes = read_fields(fields[2][0])[2]
+    shape = [integer(read_fields(axis), 1) for axis in axes]
+    if dtype == 0 or file >= n_files:
+        raise ValueError("a tensor has no type, or it is in a file that does not exist")
+    if fields[7]:
+        dtype = "in partitions"
+    return Tensor(dtype, shape, f"data-{file:05}-of-{n_files:05}", start, size, checksum)
 
 
 def read_table(data):
     """Yield the keys and the values of a table.
 
-    The last 48 bytes have the handles of two blocks, which are their places. The first block does
-    not matter here. The values in the second one are the handles of the blocks with the entries.
+    The last 48 bytes have the handles of two blocks, which say where they are. The first block is
+    not needed. The values in the second one are the handles of the blocks with the entries.
     """
     if data[-8:] != MAGIC:
         raise ValueError("it does not end as an index does")
     footer = io.BytesIO(data[-48:])
-    read_handle(footer)
-    for _, value in read_block(data, *read_handle(footer)):
+    _, second = read_handle(footer), read_handle(footer)
+    for _, value in read_block(data, *second):
         yield from read_block(data, *read_handle(io.BytesIO(value)))
 
 
@@ -389,60 +408,77 @@ def read_handle(stream):
 
 
 def read_block(data, start, size):
-    """Yield the keys and the values of a block, if its checksum is right.
+    """Yield the keys and the values of a block.
 
-    An entry has three numbers: how many bytes of the key before are taken over, how many follow,
-    and how many bytes the value has. Behind the entries stand the restart points, which are for a
-    search, and their number. Behind the block stand a byte, which is 0 if the block is not
-    compressed, and the checksum.
+    An entry has three numbers: how many bytes the key shares with the key before, how many more it
+    has, and how many bytes the value has. After the entries come restart points of 4 bytes, which
+    are for searching, and their count. After the block comes a byte, which is 0 if the block is not
+    compressed, and the checksum of both.
     """
-    block, checksum = data[start : start + size + 1], data[start + size + 1 :][:4]
-    if masked_crc32c(block) != int.from_bytes(checksum, "little") or block[-1] != 0:
+    end = start + size + 1
+    block, checksum = data[start:end], data[end : end + 4]
+    if masked_crc32c(block) != int.from_bytes(checksum, "little"):
         raise ValueError("a checksum is wrong")
+    if block[-1] != 0:
+        raise ValueError("a block is compressed")
     n_restarts = int.from_bytes(block[-5:-1], "little")
-    end = size - 4 - 4 * n_restarts
+    end_of_entries = size - 4 - 4 * n_restarts
     stream, key = io.BytesIO(block), b""
-    while stream.tell() < end:
-        n_shared, n_key, n_value = read_varint(stream), read_varint(stream), read_varint(stream)
-        key = key[:n_shared] + stream.read(n_key)
+    while stream.tell() < end_of_entries:
+        n_shared, n_more, n_value = read_varint(stream), read_varint(stream), read_varint(stream)
+        key = key[:n_shared] + stream.read(n_more)
         yield key, stream.read(n_value)
 
 
 def read_fields(message):
-    """Read a protocol buffer: the values of each field, numbers or bytes, by the field's number."""
+    """Read a protocol buffer: the values of each field, by the number of the field.
+
+    A value is a number, or bytes. Before it come the number of its field and its wire type.
+    """
     fields, stream = collections.defaultdict(list), io.BytesIO(message)
     while stream.tell() < len(message):
-        field, kind = divmod(read_varint(stream), 8)
-        if kind == 0:
+        field, wire_type = divmod(read_varint(stream), 8)
+        if wire_type == 0:
             fields[field].append(read_varint(stream))
-        elif kind == 5:  # a number of 4 bytes
+        elif wire_type == 5:  # a number of 4 bytes
             fields[field].append(int.from_bytes(stream.read(4), "little"))
-        else:
+        else:  # bytes, after their count
             fields[field].append(stream.read(read_varint(stream)))
     return fields
 
 
-def read_varint(stream):
-    """Read a number that has 7 bits in each byte, the lowest first, and at most 64 in all.
+def integer(fields, i):
+    """Return the number in field i. A field is left out if its number is 0."""
+    value = fields[i][0] if fields[i] else 0
+    if not isinstance(value, int):
+        raise ValueError("bytes stand where a number belongs")
+    return value
 
-    >>> read_varint(io.BytesIO(bytes([0b1010_1100, 0b0000_0010])))
+
+def read_varint(stream):
+    """Read a number of variable length.
+
+    Each byte has 7 bits of it, the lowest first. The highest bit of a byte says that more follow.
+
+    >>> read_varint(io.BytesIO(bytes([0b1_0101100, 0b0_0000010])))
     300
     """
     number = 0
-    for shift in range(0, 64, 7):
+    for shift in range(0, 70, 7):  # at most ten bytes
         byte = stream.read(1)[0]
-        number += (byte & 0b0111_1111) << shift
-        if byte < 128:
+        number += (byte & 0b0_1111111) << shift
+        if not byte & 0b1_0000000:
             return number
     raise ValueError("a number is too long")
 
 
 def masked_crc32c(data):
-    """Return the checksum of some bytes as TensorFlow stores it."""
+    """Return the checksum of some bytes, rotated by 15 bits, plus a constant, as LevelDB has it."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+    rotated = (crc >> 15) | (crc << 17)
+    return (rotated + 0xA282EAD8) % 2**32
 
 
 # --- Download: OpenAI's six files, each whole or not at all ---
@@ -452,9 +488,9 @@ def download_gpt2_files(model_size, model_dir):
     """Download those files of a published size that `model_dir` lacks.
 
     `GPT2_BASE_URL` in the environment replaces the address up to `/<size>/<file>`. Raises
-    ValueError for a size that was not published, and OSError where the network, the server or the
-    disk fails, or a file fails its check. If an answer breaks off, what has come is kept, and the
-    next call goes on from there.
+    ValueError for a size that was not published, and OSError if the network, the server or the disk
+    fails, or a file fails its check. If the connection breaks, the part that has come is kept, and
+    the next call continues there.
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
@@ -467,7 +503,7 @@ def download_gpt2_files(model_size, model_dir):
     url = f"{(os.environ.get('GPT2_BASE_URL') or BASE_URL).rstrip('/')}/{model_size}"
     print(f"Downloading {model_size} from {url} to {folder}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    # One process at a time, so that none writes into what another one has checked.
+    # Only one process downloads. Otherwise, one could write into a file that another has checked.
     with FileLock(folder / ".lock"):
         for path in paths:
             if not path.exists():
@@ -475,82 +511,82 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def fetch(url, path):
-    """Bring one file under a temporary name, check it, and only then give it its own."""
+    """Download a file under a temporary name, check it, and rename it."""
     part = path.with_name(f"{path.name}.part")
-    least = data_size(read_index(path.with_name(INDEX))[1]) if path.name == DATA else 0
+    least = 0  # the size that it must have, if that is known
+    if path.name == DATA:
+        least = size_of(read_index(path.with_name(INDEX)))
     try:
-        for _ in range(TRIES):
-            problem = receive(url, part, least)
-            if problem is None:
-                break
+        receive_all(url, part, least)
     except OSError as error:
-        problem = error
-    if problem is not None:
-        # A server can make the reason long.
-        raise OSError(f"{url} did not arrive in {part}: {str(problem)[:300]}\n{BUNDLED}")
+        reason = str(error)[:300]  # A server can make it long.
+        raise OSError(f"{url} did not arrive in {part}: {reason}\n{BUNDLED}") from None
     try:
         check_download(path.name, part)
     except UserError as error:
         part.unlink()
-        raise OSError(f"{error}\nThat file is deleted. Run again to download it anew.") from None
+        raise OSError(f"{error}\nThat file is deleted. Run again to download it again.") from None
     part.replace(path)
 
 
-def receive(url, part, least):
-    """Ask for what `part` lacks of a file of `least` bytes or more, and append what comes.
+def receive_all(url, part, least):
+    """Request a file until all of it is in `part`. Raises OSError if that does not succeed."""
+    for _ in range(MAX_ANSWERS):
+        if receive(url, part, least):
+            return
+    raise OSError(f"{MAX_ANSWERS} answers ended too early. Run again to continue where they ended.")
 
-    Returns None if the file is complete, and otherwise why it is worth asking again. Raises OSError
-    where it is not.
+
+def receive(url, part, least):
+    """Request the rest of a file, and append it to `part`. Return whether the file is complete.
+
+    Raises OSError if it is no use to request it again.
     """
     import urllib3
     from tqdm import tqdm
 
     with open(part, "ab") as file, new_session(url) as session:
-        # The last byte is asked for again, so that a complete file is no case of its own.
+        # The last byte is requested again, because a request for nothing is an error.
         start = max(file.tell() - 1, 0)
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-" if start else None}
+        headers = {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
         response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
-        if response.status_code == 416:
+        if response.status_code == 416:  # The part is longer than the file.
             file.truncate(0)
-            return "the part was longer than the file. Run again to go on."
+            return False
         if response.status_code not in (200, 206):
             raise OSError(f"the server answered {response.status_code}")
-        if response.status_code == 200:  # The whole file comes, whatever was asked for.
+        if response.status_code == 200:  # The server sends the whole file.
             start = 0
-        file.truncate(file.seek(start))
-        size = max(least, size_by_server(response, start))
-        try:
-            with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
+        file.seek(start)
+        file.truncate()
+        size = max(least, start + (response.raw.length_remaining or 0))
+        with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
+            try:
                 while chunk := response.raw.read1(1 << 16):
                     out.write(chunk)
-        except urllib3.exceptions.HTTPError as error:
-            return f"{error}. Run again to go on from what came."
-        if file.tell() < size:
-            return "the answer ended too early. Run again to go on from what came."
+            except urllib3.exceptions.HTTPError:  # The connection broke.
+                return False
+        return file.tell() >= size
 
 
 def new_session(url):
-    """Return a session of `requests` that asks a busy server again, up to four times."""
+    """Return a session of the library `requests` that asks a busy server up to five times."""
     import requests
     import urllib3
 
-    busy = [408, 429, *range(500, 600)]
-    retry = urllib3.Retry(4, 2, backoff_factor=0.5, status_forcelist=busy, retry_after_max=30)
+    options = {"status_forcelist": [408, 429, *range(500, 600)], "retry_after_max": 30}
+    retry = urllib3.Retry(total=4, connect=2, backoff_factor=0.5, **options)
     session = requests.Session()
     session.mount(url, requests.adapters.HTTPAdapter(max_retries=retry))
     return session
 
 
-def size_by_server(response, start):
-    """Return the size of the whole file, as far as the headers of a part from `start` on say it."""
-    size = re.search(r"/(\d{1,15})$", response.headers.get("Content-Range", ""))
-    return int(size[1]) if size else start + (response.raw.length_remaining or 0)
-
-
 def check_download(name, part):
-    """Raise UserError unless the file that came for a name is what the name promises."""
+    """Raise UserError if a downloaded file cannot be OpenAI's file of this name."""
     if name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[name]:
-        raise UserError(f"{part} is not OpenAI's file: it has another SHA-256.")
+        raise UserError(f"{part} is not OpenAI's file: its SHA-256 is another one.")
     if name == "checkpoint" and find_checkpoint(part).name != "model.ckpt":
         raise UserError(f"{part} is not OpenAI's file: it names another checkpoint.")
     if name == "hparams.json":
@@ -558,38 +594,39 @@ def check_download(name, part):
     if name == INDEX:
         read_index(part)
     if name == DATA:
-        check_data(part, read_index(part.with_name(INDEX))[1])
+        check_data(part, read_index(part.with_name(INDEX)))
 
 
 def check_data(path, tensors):
-    """Raise UserError unless a data file has the tensors of its index, number for number."""
-    if path.stat().st_size != data_size(tensors):
-        raise UserError(f"{path} is damaged: its index says another size.")
+    """Raise UserError unless a data file has the size and the checksums in its index."""
+    if path.stat().st_size != size_of(tensors):
+        raise UserError(f"{path} is damaged: its size is not the one in the index.")
     with open(path, "rb") as file:
         for name, tensor in tensors.items():
             file.seek(tensor.start)
             if masked_crc32c(file.read(tensor.size)) != tensor.checksum:
-                raise UserError(f"{path} is damaged: {name} has another checksum.")
+                raise UserError(f"{path} is damaged: the checksum of {name} is another one.")
 
 
 # --- Command: from the words in a shell to the text ---
 
 
 def command_line(main):
-    """Run `main` with the words typed in a shell. A mistake of the user ends in a line or two.
+    """Run `main` with the words typed in a shell.
 
-    What `main` returns is printed, or, if it takes an argument `show`, what it gives to that. Any
-    error but a UserError, an OSError and a lack of packages or memory is a mistake in the code, and
-    keeps its traceback.
+    It prints what `main` returns. If `main` takes `show`, that prints the text piece by piece. A
+    mistake of the user ends in a message. So does an error of the system, such as a full disk, and
+    a lack of packages or of memory. Any other error is a bug, and keeps its traceback.
     """
     try:
         use_utf_8()
         arguments = read_arguments(main)
         text = main(**arguments)
-        return print("" if "show" in arguments else text, flush=True)
+        print("" if "show" in arguments else text, flush=True)
+        return
     except ModuleNotFoundError as error:
         status = f"{error}: pip install -r requirements.txt"
-    except BrokenPipeError:  # The reader has enough, as `head` may.
+    except BrokenPipeError:  # The reader closed the pipe, as `head` does.
         status = 141
     except KeyboardInterrupt:
         status = 130
@@ -597,51 +634,52 @@ def command_line(main):
         status = str(error) or "There is not enough memory."
     try:
         print(end="\n" if status == 130 else "", flush=True)
-    except OSError:  # The rest goes nowhere, so that Python's own end does not fail by it.
+    except OSError:  # Nobody takes the rest. At exit, Python would try again and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
 def use_utf_8():
-    """Read and write UTF-8, whatever the system's code page is."""
+    """Read and write UTF-8 if standard input and output are redirected, whatever the code page is.
+
+    PYTHONIOENCODING can name another encoding.
+    """
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # In a notebook, it is something else.
-            is_redirected = not stream.isatty() and "PYTHONIOENCODING" not in os.environ
-            stream.reconfigure(encoding="utf-8" if is_redirected else None)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows fewer characters
+        if not isinstance(stream, io.TextIOWrapper):  # as in a notebook
+            continue
+        if not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+            stream.reconfigure(encoding="utf-8")
+        if stream is sys.stdout:  # Not every encoding has all characters.
+            stream.reconfigure(errors="replace")
 
 
 def read_arguments(main):
-    """Return what was typed for `main`, by name and as text. Prints help if that was asked for.
-
-    Only parameters without a default are taken by their place. All others are flags, so that no
-    word of a prompt without quotes becomes the value of an option.
-    """
+    """Return what was typed for `main`: a dict of texts. Prints help if that was asked for."""
     import fire
 
-    def record(*words, **flags):
-        typed.update(signature.bind_partial(*words, **flags).arguments)
+    typed, signature = {}, shell_signature(main)
 
-    signature, typed = inspect.signature(main), {}
-    # Keyword-only parameters of `main` are for Python.
-    options = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    options = [p if p.default is p.empty else p.replace(kind=p.KEYWORD_ONLY) for p in options]
-    functools.update_wrapper(record, main).__signature__ = signature.replace(parameters=options)
+    def record(*words, **flags):
+        typed.update(signature.bind(*words, **flags).arguments)
+
+    functools.update_wrapper(record, main)
+    record.__signature__ = signature
     if {"-h", "--help"} & {*sys.argv}:
         trace = fire.trace.FireTrace(record, name=os.path.basename(sys.argv[0]))
         print(fire.helptext.HelpText(record, trace), flush=True)
         sys.exit()
-    # A prompt that is left out comes from standard input.
-    options = [p.replace(default=None) if p.name == "prompt" else p for p in options]
-    record.__signature__ = signature.replace(parameters=options)
-    # A flag that is only on or off takes no value.
-    switches = {f"--{p.name}" for p in options if p.default is False}
+    # A prompt that is left out comes from standard input, and so Fire must not ask for it.
+    parameters = signature.parameters.values()
+    parameters = [p.replace(default=None) if p.name == "prompt" else p for p in parameters]
+    record.__signature__ = signature = signature.replace(parameters=parameters)
+    # A flag that switches something on takes no value. For Fire, it needs one.
+    switches = {f"--{p.name}" for p in parameters if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in sys.argv[1:]]
-    fire.parser.DefaultParseValue = str  # Otherwise the prompt 42 would arrive as a number.
+    fire.decorators.SetParseFn(str)(record)  # Otherwise the prompt 42 would arrive as a number.
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            # What follows the last -- are Fire's own flags. Its separator would be -, a prompt.
+            # After the last --, words are for Fire itself. By default, it would take - as a
+            # separator, but here - is a prompt.
             fire.Fire(record, [*words, "--", "--separator=\0"])
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
@@ -649,40 +687,62 @@ def read_arguments(main):
         raise UserError(f"{fault}\n{advice} See python {sys.argv[0]} --help.") from None
     if "prompt" in signature.parameters:
         typed["prompt"] = read_prompt(typed.get("prompt"))
-    if "show" in signature.parameters:
+    if "show" in inspect.signature(main).parameters:
         typed["show"] = functools.partial(print, end="", flush=True)
     return typed
 
 
+def shell_signature(main):
+    """Return the signature that `main` has in a shell.
+
+    Only parameters without a default are positional. All others are flags, so that no word of a
+    prompt becomes the value of an option if the quotes are missing. Parameters of `main` that are
+    keyword-only are for Python.
+    """
+    signature = inspect.signature(main)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    for i, parameter in enumerate(parameters):
+        if parameter.default is not parameter.empty:
+            parameters[i] = parameter.replace(kind=parameter.KEYWORD_ONLY)
+    return signature.replace(parameters=parameters)
+
+
 def read_prompt(prompt):
-    """Return the prompt, from standard input where it is - or left out, with "\\n" as line ends."""
-    left_out = prompt is None
+    """Return the prompt, with a line feed at each line end.
+
+    If it is "-" or missing, it is read from standard input.
+    """
+    is_missing = prompt is None
     try:
-        if prompt == "-" or (left_out and not sys.stdin.isatty()):
+        if prompt == "-" or (is_missing and not sys.stdin.isatty()):
             prompt = sys.stdin.read().removesuffix("\n")
-        (prompt or "").encode("utf-8")  # A shell may pass bytes that are not UTF-8.
+        str(prompt).encode("utf-8")  # In a shell, an argument may have bytes that are not UTF-8.
     except UnicodeError as error:
-        raise UserError(f"The prompt is not {error.encoding}: {error.reason}") from None
-    if left_out and not prompt:
+        raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
+    if is_missing and not prompt:
         raise UserError(f"There is no prompt. See python {sys.argv[0]} --help.")
-    prompt = re.sub("\r\n?", "\n", prompt.removeprefix("\ufeff").removesuffix("\r"))
+    prompt = prompt.removeprefix("\ufeff").removesuffix("\r")  # of a file from Windows
+    prompt = re.sub("\r\n?", "\n", prompt)
     if prompt.endswith(" "):
         print("The prompt ends in a space. Omit it: GPT-2's words begin with one.", file=sys.stderr)
     return prompt
 
 
 def encode_prompt(prompt, encoder, hparams, n_new):
-    """Return the ids of a prompt. Special tokens are found in it, and bos starts an empty one.
+    """Return the ids of a prompt, or `encoder.bos` if it is empty.
 
-    Raises UserError if the model cannot read the ids, or if `n_new` more do not fit after them.
+    Raises UserError if the model cannot read them, or if there is no room for `n_new` more.
     """
     ids = encoder.encode(prompt, allowed_special="all") or encoder.bos
-    if not ids or max(ids) >= hparams["n_vocab"]:
-        raise UserError("The prompt is empty, or it has an id without a row in wte.")
+    if not ids:
+        raise UserError("The prompt is empty, and this model has no token that starts a text.")
+    if max(ids) >= hparams["n_vocab"]:
+        token = encoder.decoder[max(ids)]
+        raise UserError(f"The prompt has the token {token!r}, an id without a row in wte.")
     room = hparams["n_ctx"] - len(ids)
     if n_new > room:
-        advice = f"n_tokens_to_generate may be {room} at most." if room > 0 else "Shorten it."
         context = f"the context of this model has {hparams['n_ctx']:,}"
+        advice = f"n_tokens_to_generate may be {room:,} at most." if room > 0 else "Shorten it."
         raise UserError(f"The prompt has {len(ids):,} tokens, and {context}. {advice}")
     return ids
 
@@ -693,8 +753,9 @@ def number(name, value, kind, least, most=np.inf):
     Raises UserError, with the limits, for anything else and for what is out of range.
     """
     with contextlib.suppress(ValueError):
-        if least <= kind(str(value)) <= most:
-            return kind(str(value))
+        result = kind(str(value))  # As text, so that int does not turn 3.7 into 3.
+        if least <= result <= most:
+            return result
     limits = f"{least} or more" if most == np.inf else f"from {least} to {most}"
     what = "a whole number" if kind is int else "a number"
     raise UserError(f"{name} must be {what}, {limits}, not {value!r}")

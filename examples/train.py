@@ -16,6 +16,7 @@ import json
 import signal
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -34,36 +35,20 @@ try:
 
     import gpt2
     import utils
-    from encoder import Encoder, UserError, read_text
-except ImportError as error:
+    from encoder import END_OF_TEXT, Encoder, UserError, read_json, read_text
+except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -r examples/requirements.txt")
 
-END = "<|endoftext|>"  # the token between two texts
 SIZES = {"n_ctx": 256, "n_embd": 160, "n_head": 4, "n_layer": 4}  # of a model from nothing
 # What an option must be: its kind and its limits. The others are whole numbers above 0.
 LIMITS = {"steps": (int, 0), "process_id": (int, 0), "lr": (float, 0, 1)}
-
-# Where a window or a prompt may begin. A regular expression finds the first word there. Only of the
-# "typed words", which begin with their line, it finds the last one.
-PLACES = {
-    "the text": r"\A",
-    "a line": r"(?<=\n)\S+",
-    "a clause": r"(?<=[,;:.!?] )\S+",
-    "a speech": r"(?<=\S\n\n)\S+",
-    "a whole line": r"(?<=\n)\S(?:.*\S)?",
-    "any place": r"\S+",
-    "typed words": r"(?<=\n\S+(?: +\S+){2,18} +)\S+",
-}
-# The shares of the short and of the long windows that begin there:
-SHORT = {"a line": 0.2, "a clause": 0.15, "any place": 0.45, "typed words": 0.2}
-LONG = {"a line": 0.9, "the text": 0.1}
-
-# The exam has several kinds of questions. Each says where its prompts begin, how many tokens they
-# have at least, how many tokens the model must add, and how the prompts are typed.
-ASKED = 500  # the most questions of a kind
-TYPED = {None: "as in the text", 0: "in lower case", 1: "without punctuation", 2: "without either"}
-EXAM = [("a speech", 40, 40, None), ("a whole line", 8, 40, None), ("a clause", 5, 16, None)]
-EXAM += [("a whole line", 8, 16, manner) for manner in (0, 1, 2)] + [("any place", 6, 16, None)]
+# A word is a run of at most 20 characters without spaces. In a longer run, as in Chinese or in a
+# genome, each character is one, and so it is beside the token between two texts.
+WORD = r"<\|endoftext\|>|(?<!\S)(?!\S*<\|endoftext\|>)\S{1,20}(?!\S)|\S"
+N_READ, N_NEW, N_ASKED = 6, 16, 500  # the least tokens of a prompt, those to add, and questions
+# Files of an older model that would contradict a new one.
+OLD = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+OLD += ("added_tokens.json", "vocab.json", "merges.txt")
 
 
 def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, lr=None,
@@ -92,7 +77,9 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     options = read_numbers(steps=steps, batch=batch, length=length, lr=lr)
     team = read_numbers(num_processes=num_processes, process_id=process_id)
     text = read_text(text_path)
-    model_dir = Path(model_dir).expanduser().resolve()
+    if not text.replace(END_OF_TEXT, "").strip():
+        raise UserError(f"{text_path} is empty.")
+    model_dir = utils.home(model_dir).resolve()
     if options.get("steps") == 0:
         return recite(text, model_dir)
     # In a shell, the value of --replace arrives as text. Every model has a file of JSON.
@@ -106,20 +93,25 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     # A folder that cannot be written is noticed now, because later the training would be lost.
     model_dir.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=model_dir).close()
-    signals = []  # Ctrl-C and SIGTERM are only noted here, so that the model can be saved
+    signals = []
+
+    def note(signum, _):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # The second one ends the program at once.
+
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: signals.append(signum))
-    params, report, signum = train(params, hparams["n_head"], *lesson, signals)
+        signal.signal(signum, note)
+    # In the main thread, Python would call `note` only after a step, which can take minutes.
+    training = ThreadPoolExecutor(1).submit(train, params, hparams["n_head"], *lesson, signals)
+    params, report, signum = training.result()
     if jax.process_index() > 0:
         sys.exit(signum and 128 + signum)  # process 0 saves and reports
     save(model_dir, encoder, hparams, params)
     report = f"The model is in {model_dir}.\n{report}"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if signum:
         print("Stopped.", report)
         sys.exit(128 + signum)
-    return report if start else f"{report}\n{recite(text, model_dir, EXAM[-1:])}"
+    return report if start else f"{report}\n{recite(text, model_dir)}"
 
 
 def read_numbers(**options):
@@ -133,60 +125,69 @@ def read_numbers(**options):
 
 def learn_vocabulary(text):
     """Learn a byte-level BPE of at most 1,024 tokens. The last of them is <|endoftext|>."""
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(text.split(END), 1023, min_frequency=0, show_progress=False)
-    tokenizer.add_special_tokens([END])
+    tokenizer, texts = ByteLevelBPETokenizer(), text.split(END_OF_TEXT)
+    tokenizer.train_from_iterator(texts, 1023, min_frequency=0, show_progress=False)
+    tokenizer.add_special_tokens([END_OF_TEXT])
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return Encoder(tokenizer.get_vocab(), merges, [END])
+    return Encoder(tokenizer.get_vocab(), merges, [END_OF_TEXT])
 
 
-class Prompts:
-    """The places of a text where prompts and windows may begin.
+def fast_tokenizer(encoder):
+    """Return the same tokenizer as one of the library `tokenizers`, which is written in Rust."""
+    tokenizer = ByteLevelBPETokenizer(encoder.encoder, [*encoder.bpe_ranks])
+    tokenizer.add_special_tokens([*encoder.special.keys() - encoder.added])
+    tokenizer.add_tokens([*encoder.added])
+    return tokenizer
 
-    A prompt is encoded by itself, as when a user types it. So its first word has no space before
-    it, even if the text has one there. That makes it another token than in the text.
+
+def as_typed(text):
+    """Write a text as people type it."""
+    return " ".join(regex.sub(r"[^\p{L}\p{N}\s']", "", text).lower().split())
+
+
+class Text:
+    """A text that is a ring: after its end comes <|endoftext|>, and then its start again.
+
+    Windows and prompts begin with a word. They are encoded by themselves, as when a user types
+    them. So their first word has no space before it, which makes it another token than in the text.
     """
 
     def __init__(self, text, encoder):
-        self.text, self.encoder = END + text, encoder
-        self.ids = np.array(encoder.encode(self.text, "all"))
-        # The character of the text at which each token starts:
-        self.starts = np.cumsum([0, *map(len, encoder.decode_stream(self.ids.tolist()))])
-        # The text in which places are found. <|endoftext|> ends a line and a paragraph.
-        self.lines = self.text.replace(END, "\n" * len(END))
-        self.places = {}
-        for kind, pattern in PLACES.items():
-            self.places[kind] = [match.span() for match in regex.finditer(pattern, self.lines)]
+        self.text, self.tokenizer = END_OF_TEXT + text, fast_tokenizer(encoder)
+        self.words = [match.span() for match in regex.finditer(WORD, self.text)]
+        self.longest_token = max(map(len, encoder.encoder))
+        n_characters = self.longest_token * (SIZES["n_ctx"] + 1)
+        self.ring = self.text * (2 + n_characters // len(self.text))
 
-    def window(self, random, shares, length):
+    def encode(self, text):
+        return self.tokenizer.encode(text).ids
+
+    def ids_from(self, place, n):
+        """Return the ids of the next `n` tokens."""
+        return self.encode(self.ring[place : place + n * self.longest_token])[:n]
+
+    def prompt(self, i, n_words, is_typed):
+        """Return `n_words` words as a prompt, and the place where the text goes on after it.
+
+        People type a prompt on one line, in lower case, and without punctuation but apostrophes.
+        """
+        start, (_, end) = self.words[i][0], self.words[i : i + n_words][-1]
+        words = self.text[start:end]
+        if is_typed:
+            words = regex.sub(r"[^\p{L}\p{N}]+\Z", "", words.split("\n")[0])
+        return as_typed(words) if is_typed else words, start + len(words)
+
+    def window(self, random, length):
         """Return the ids of a random window, `length + 1` of them, and how many were typed.
 
-        The prompt comes first. Then follow the ids of the text.
+        A window begins with a prompt of 2 to 18 words. A fifth of the prompts are as people type.
         """
-        kind = random.choice([*shares], p=[*shares.values()])
-        places = self.places[kind] or self.places["any place"]
-        start, end = places[random.integers(len(places))]
-        manner = random.integers(4) if kind == "typed words" else None
-        start = start if manner is None else self.lines.rfind("\n", 0, start) + 1
-        _, prompt, following = self.cut(start, end, manner, length + 1)
-        return [*prompt, *following][: length + 1], 0 if manner is None else len(prompt)
-
-    def cut(self, start, end, manner, n):
-        """Return words as people type them, their ids, and the `n` ids of the text that follow.
-
-        Manner 0 is lower case, 1 is no punctuation, 2 is both, and 3 is both without apostrophes.
-        None leaves the words as they are. Without punctuation, the words may end earlier.
-        """
-        words = self.text[start:end]
-        if manner:
-            words = regex.sub(r"[^\p{L}\p{N}]+\Z", "", words)
-            end = start + len(words)
-            signs = r"[^\p{L}\p{N}\s]" if manner == 3 else r"[^\p{L}\p{N}\s']"
-            words = regex.sub(" +", " ", regex.sub(signs, "", words))
-        words = words if manner in (None, 1) else words.lower()
-        n_past = np.searchsorted(self.starts, end)
-        following = self.ids.take(range(n_past, n_past + n), mode="wrap")
-        return words, self.encoder.encode(words, "all"), following
+        i, n_words = random.integers(len(self.words)), random.integers(2, 19)
+        is_typed = random.random() < 0.2
+        prompt, place = self.prompt(i, n_words, is_typed)
+        ids = self.encode(prompt)
+        following = self.ids_from(place, length + 1)
+        return [*ids, *following][: length + 1], len(ids) if is_typed else 0
 
 
 # --- Plan: what to train, and on which windows ---
@@ -200,8 +201,8 @@ def from_nothing(text, _, steps=12000, batch=48, length=40, lr=0.02):
     """
     encoder = learn_vocabulary(text)
     hparams = {"n_vocab": len(encoder.encoder), **SIZES}
-    prompts = Prompts(text, encoder)
-    check_length(length, min(SIZES["n_ctx"], len(prompts.ids) - 1))
+    text = Text(text, encoder)
+    check_length(length, min(SIZES["n_ctx"], len(text.encode(text.text)) - 1))
     random = np.random.default_rng(0)
 
     def initial(name, *shape):
@@ -212,9 +213,8 @@ def from_nothing(text, _, steps=12000, batch=48, length=40, lr=0.02):
     def draw():
         # The first tokens of a window are hard to predict, because the model has read little before
         # them. Short windows have more of these, and so most windows are short.
-        shares, n = (SHORT, length) if random.random() < 0.85 else (LONG, SIZES["n_ctx"])
-        size = round(batch * length / n) or 1
-        rows = [prompts.window(random, shares, n) for _ in range(size)]
+        n = SIZES["n_ctx"] if random.integers(7) == 0 else length
+        rows = [text.window(random, n) for _ in range(round(batch * length / n) or 1)]
         return tuple(np.array(column, np.int32) for column in zip(*rows, strict=True))
 
     # Muon trains the matrices. Adam trains the rest, with half the learning rate.
@@ -228,9 +228,8 @@ def from_nothing(text, _, steps=12000, batch=48, length=40, lr=0.02):
 
 def from_start(text, start, steps=200, batch=4, length=128, lr=1e-4):
     """Plan to fine-tune the model in the folder `start`. The text's last twentieth is held out."""
-    start = Path(start).expanduser().resolve()
-    encoder, hparams, params = utils.load_encoder_hparams_and_params(start.name, start.parent)
-    ids = np.array(encoder.encode(text, "all"), np.int32)
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(start, None)
+    ids = np.array(fast_tokenizer(encoder).encode(text).ids, np.int32)
     n = len(ids) - len(ids) // 20
     check_length(length, min(hparams["n_ctx"], len(ids) - n - 1))
     windows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
@@ -311,63 +310,79 @@ def train(params, n_head, draw, optimizer, held_out, steps, signals):
 
 
 def save(model_dir, encoder, hparams, params):
-    """Save a model. An older one in the same folder stays until all new files are complete."""
+    """Save a model in Hugging Face's layout, in the place of an older one if there is one."""
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     for name, ids in {"bos_token_id": [*encoder.bos], "eos_token_id": [*encoder.eos]}.items():
         config[name] = ids[0] if len(ids) == 1 else ids or None
     config |= {field: hparams[name] for name, field in utils.HPARAMS.items()}
-    tokenizer = ByteLevelBPETokenizer(encoder.encoder, [*encoder.bpe_ranks])
-    tokenizer.add_special_tokens([*encoder.special.keys() - encoder.added])
-    tokenizer.add_tokens([*encoder.added])
     names = utils.build_params(hparams, lambda name, *_: utils.huggingface_name(name))
     tensors = dict(zip(jax.tree.leaves(names), jax.tree.leaves(params), strict=True))
     with tempfile.TemporaryDirectory(dir=model_dir) as folder:
-        Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        Path(folder, "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-        Path(folder, "model.safetensors").write_bytes(safetensors.save(tensors, {"format": "pt"}))
-        for path in sorted(Path(folder).iterdir()):
-            path.replace(model_dir / path.name)
-    # Other files of an older model would contradict the new ones.
-    for path in [*model_dir.glob("*_config.json"), *model_dir.glob("*_tokens*.json")]:
-        path.unlink()
+        new = Path(folder)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (new / "tokenizer.json").write_text(fast_tokenizer(encoder).to_str(pretty=True), "utf-8")
+        (new / "model.safetensors").write_bytes(safetensors.save(tensors, {"format": "pt"}))
+        replace_model(model_dir, new)
+
+
+def replace_model(model_dir, new):
+    """Move the complete files of a new model into the place of an old one.
+
+    Without its config.json, a model is refused as not complete. So this file goes first and comes
+    last. An old model in OpenAI's layout has none, but with a model.safetensors it needs one.
+    """
+    index = model_dir / "model.safetensors.index.json"
+    weight_map = read_json(index, optional=True).get("weight_map", {})
+    (model_dir / "config.json").unlink(missing_ok=True)
+    (new / "model.safetensors").replace(model_dir / "model.safetensors")
+    parts = [
+        path for path in model_dir.glob("model-*.safetensors") if path.name in weight_map.values()
+    ]
+    for path in [*parts, index, *(model_dir / name for name in OLD)]:
+        path.unlink(missing_ok=True)
+    (new / "tokenizer.json").replace(model_dir / "tokenizer.json")
+    (new / "config.json").replace(model_dir / "config.json")
 
 
 # --- Test: how much of the text the model knows by heart ---
 
 
-def recite(text, folder, exam=EXAM):
+def recite(text, folder):
     """Count how often the model continues the text word for word after random prompts.
 
     The model reads a prompt together with the text that follows. Greedy generation would write the
     same text if the logit of each token in it is the highest.
     """
-    encoder, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    prompts = Prompts(text, encoder)
-    lines = []
-    for kind, least, n_new, manner in tqdm(exam, "Testing"):
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(folder, None)
+    text, lines = Text(text, encoder), []
+    for manner, is_typed in {
+        "as they stand in the text": False,
+        "as people type them": True,
+    }.items():
         right = []
-        for ids in islice(questions(prompts, kind, least, n_new, manner, hparams["n_ctx"]), ASKED):
-            logits = gpt2.gpt2(ids[:-1], **params, n_head=hparams["n_head"])[-n_new:]
-            right.append(np.array_equal(np.argmax(logits, axis=-1), ids[-n_new:]))
-        prompt = f"{least} tokens or more from {kind}, typed {TYPED[manner]}"
-        lines.append(f"After {prompt}, it knows the next {n_new}: {sum(right)} of {len(right)}")
+        for ids in islice(questions(text, is_typed, hparams["n_ctx"]), N_ASKED):
+            logits = gpt2.gpt2(ids[:-1], **params, n_head=hparams["n_head"])[-N_NEW:]
+            right.append(np.array_equal(np.argmax(logits, axis=-1), ids[-N_NEW:]))
+        count = f"it knows the next {N_NEW} tokens: {sum(right)} of {len(right)}"
+        short = "nothing was asked: the text is too short, or repeats itself too often"
+        lines.append(f"After prompts {manner}, {count if right else short}")
     return "\n".join(lines)
 
 
-def questions(prompts, kind, least, n_new, manner, n_ctx):
-    """Yield random prompts of a kind, each with the `n_new` tokens of the text that follow.
+def questions(text, is_typed, n_ctx):
+    """Yield random prompts, each with the `N_NEW` tokens of the text that follow.
 
     A prompt that occurs twice in the text is left out, because it may continue in two ways.
     """
-    whole, *_ = prompts.cut(0, len(prompts.text), manner, 0)
-    for i in np.random.default_rng(0).permutation(len(prompts.places[kind])):
-        start, end = prompts.places[kind][i]
-        if kind != "a whole line":  # take just enough words
-            ends = (word.end() for word in regex.finditer(r"\S+", prompts.lines, pos=start))
-            end = next((e for e in ends if len(prompts.cut(start, e, manner, 0)[1]) >= least), end)
-        words, prompt, following = prompts.cut(start, end, manner, n_new)
-        if least <= len(prompt) <= n_ctx - n_new and whole.count(words) == 1:
-            yield [*prompt, *following]
+    whole = as_typed(text.text) if is_typed else text.text
+    for i in np.random.default_rng(0).permutation(len(text.words)):
+        for n_words in range(1, 99):
+            prompt, place = text.prompt(i, n_words, is_typed)
+            if len(text.encode(prompt)) >= N_READ:
+                break
+        ids = [*text.encode(prompt), *text.ids_from(place, N_NEW)]
+        if whole.count(prompt) == 1 and N_READ + N_NEW <= len(ids) <= n_ctx:
+            yield ids
 
 
 if __name__ == "__main__":

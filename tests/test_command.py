@@ -230,7 +230,7 @@ def test_the_models_are_found_from_any_folder(tmp_path):
 @posix
 def test_a_prompt_that_is_not_utf_8_is_an_error_in_one_line():
     result = run(b"caf\xe9", *TINY)
-    assert is_one_line(result) and "not utf-8" in result.err
+    assert is_one_line(result) and "not valid utf-8" in result.err
 
 
 @posix

@@ -287,9 +287,9 @@ def test_a_folder_that_cannot_be_written_is_named(server):
 def test_every_download_ends_after_a_fixed_number_of_tries(fault, server, folder):
     (folder / f"{DATA}.part").write_bytes(server.content[DATA][:1000])
     server.faults[DATA] = itertools.cycle([fault, "a byte"])
-    with pytest.raises(OSError, match=r"did not arrive .*: .*Run again to go on"):
+    with pytest.raises(OSError, match=r"did not arrive .*: .*Run again to continue"):
         download(folder)
-    assert len(server.log) == utils.TRIES and DATA not in os.listdir(folder)
+    assert len(server.log) == utils.MAX_ANSWERS and DATA not in os.listdir(folder)
 
 
 @pytest.mark.parametrize("fault", ["half of it", "half without a length"])
@@ -302,7 +302,7 @@ def test_a_file_that_is_only_too_short_is_kept_and_completed(fault, server, fold
 
 def test_a_file_that_stays_too_short_is_kept(server, folder):
     server.content[DATA] = server.content[DATA][:-1]
-    with pytest.raises(OSError, match=r"ended too early\. Run again to go on"):
+    with pytest.raises(OSError, match=r"ended too early\. Run again to continue"):
         download(folder)
     assert (folder / f"{DATA}.part").read_bytes() == server.content[DATA]
 
