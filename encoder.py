@@ -25,7 +25,7 @@ class UserError(ValueError):
 def bytes_to_unicode():
     """Return a visible character for each byte.
 
-    If the byte is a visible character in Latin-1, it is this one. The other bytes get the
+    A byte that is a visible character in Latin-1 stands for that character. The others get the
     characters from U+0100 on.
 
     >>> "".join(bytes_to_unicode()[byte] for byte in "a café".encode("utf-8"))
@@ -61,17 +61,18 @@ class Encoder:
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
-        # The ids of both kinds. A token with an empty name cannot be found in a text.
-        names = {*special, *added, END_OF_TEXT} & encoder.keys() - {""}
-        self.special = {token: encoder[token] for token in names}
-        self.added = {*added}
+        # The ids of special and of added tokens. An empty name cannot be found in a text.
+        names = {*special, *added, END_OF_TEXT} - {""}
+        self.special = {token: encoder[token] for token in names & encoder.keys()}
+        self.added = {*added}  # those of them that are found last
         self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
         self.eos = {*self.bos}
         self.cache = {}
 
     def bpe(self, word):
         """Merge neighbours in one word, each time the pair with the highest priority."""
-        # Every part stands between two spaces of its own, so that only whole parts are replaced.
+        # Each part has a space on both sides, so that only whole parts are replaced: with the pair
+        # ("l", "o"), " l  o  w " becomes " lo  w ".
         parts = "".join(f" {char} " for char in word)
         while pairs := {pair for pair in pairwise(parts.split()) if pair in self.bpe_ranks}:
             first, second = min(pairs, key=self.bpe_ranks.get)
@@ -81,16 +82,16 @@ class Encoder:
     def encode(self, text, allowed_special=()):
         """Turn text into ids. By default, <|endoftext|> is plain text, as in OpenAI's code.
 
-        `allowed_special` is a set of special and added tokens, or "all" of them. In the text, these
-        become one id each. If several of them begin at one place, the longest is taken. Raises
+        `allowed_special` is a set of special and added tokens, or "all". In the text, these become
+        one id each. If several of one kind begin at one place, the longest is taken. Raises
         ValueError for a text that cannot be written in UTF-8, and for a byte without a token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
         names = self.special.keys() & allowed
+        found_last = names & self.added
         ids = []
-        for piece in cut(text, names - self.added):
-            # A special token is not cut again.
-            parts = [piece] if piece in names else cut(piece, names & self.added)
+        for piece in cut(text, names - found_last):
+            parts = [piece] if piece in names else cut(piece, found_last)
             for part in parts:
                 ids += [self.special[part]] if part in names else self.encode_ordinary(part)
         return ids
@@ -101,7 +102,7 @@ class Encoder:
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             for token in tokens:
-                if token not in self.encoder:
+                if token not in self.encoder:  # a single byte, because all merges make tokens
                     where = f"{self.byte_decoder[token]:#04x} in {reprlib.repr(word)}"
                     raise UserError(f"the vocabulary has no token for the byte {where}")
             self.cache[word] = [self.encoder[token] for token in tokens]
@@ -177,7 +178,8 @@ def get_encoder(model_name, models_dir):
 def read_tokenizer_json(path, added_ids, named):
     """Return the vocabulary, the merges, the special and the added tokens of a `tokenizer.json`.
 
-    It must have the tokens in `added_ids` and in `named` already, because those have no ids here.
+    Settings that would give other ids in the library `tokenizers` are refused. All ids come from
+    this file. If it lacks a token in `added_ids` or in `named`, `check_vocabulary` raises.
     """
     content = read_json(path)
     model, pre_tokenizer = content["model"], content["pre_tokenizer"]
@@ -189,11 +191,12 @@ def read_tokenizer_json(path, added_ids, named):
     processor = content.get("post_processor") or {}
     for step in processor.get("processors", [processor]):  # of a sequence, or the only one
         where = f"{path}: post_processor {reprlib.repr(step.get('type'))}"
-        # A template adds `special_tokens` to every text. Some others add `cls` and `sep`.
+        # A template adds `special_tokens` to every text. Some other steps add `cls` and `sep`. A
+        # sequence in a sequence is not supported.
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # "normalized" tokens are found last. By default, they are those that are not "special".
+    # `tokenizers` finds "normalized" tokens last. By default, a token is either this or "special".
     added = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
     special = (named | added_ids.keys() | ids.keys()) - added
     # Older files have each merge as one string.
@@ -223,7 +226,9 @@ def read_named_tokens(folder):
             if field.endswith(("_token", "special_tokens", "added_tokens_decoder")):
                 values.append(value)
     tokens = set()
-    for value in values:  # a text, a dict with the text as its content, or several of them
+    # A value is a string, a dict with the string as its content, or several of these. What a list
+    # or a dict holds is appended to `values`, and so it comes later in this loop.
+    for value in values:
         if isinstance(value, str):
             tokens.add(value)
         elif isinstance(value, dict):
@@ -234,9 +239,8 @@ def read_named_tokens(folder):
 
 
 def check_vocabulary(path, vocabulary, merges, names):
-    """Raise UserError unless the ids have no gap, and the merges make exactly the tokens.
-
-    `names` are the special and the added tokens, which no merge makes.
+    """Raise UserError unless the ids have no gap, every merge makes a token, and every token that
+    needs a merge has one. `names` are the special and the added tokens, which need none.
     """
     ids = vocabulary.values()
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
@@ -248,7 +252,7 @@ def check_vocabulary(path, vocabulary, merges, names):
         raise UserError(f"{problem}: a merge does not have two parts")
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
-        raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is no token")
+        raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")
     # The rest are single bytes, and unused tokens such as <pad> and [PAD].
     for token in vocabulary.keys() - merged - names:
         if not regex.fullmatch(r".?|<.+>|\[.+\]", token):

@@ -8,8 +8,8 @@ header of `model.safetensors`. The file of numbers is mapped into memory, and th
 views of it. So float32 numbers are not copied, and the system reads a page of the file when it is
 first used.
 
-A model in a folder needs only NumPy and regex. So the packages for downloads and for the command
-are imported in the functions that use them.
+Packages that only some models need, and those for downloads and for the command, are imported in
+the functions that use them.
 """
 
 import collections
@@ -39,7 +39,7 @@ SHA256 = {  # of the tokenizer, which is the same for all sizes
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-MAX_ANSWERS = 20  # for each file: after a broken connection, the rest is requested
+MAX_REQUESTS = 20  # for each file; if the connection breaks, the next one asks for the rest
 BUNDLED = "The bundled model, 1M, needs no network."
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
@@ -51,8 +51,8 @@ HPARAMS = {
 }  # fmt: skip
 # Hugging Face's defaults for them.
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
-# What else a config.json may say. `gpt2` computes nothing else. None is for what must not be set:
-# the last two are other names for n_head and n_layer, which would overrule them.
+# Settings that change what a model computes, each with the only value that `gpt2` supports. None
+# means that it must not be set. The last two are other names for n_head and n_layer.
 FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
@@ -77,8 +77,8 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
     Returns the `Encoder`, OpenAI's hparams as a dict, and the parameters as nested dicts and lists
     of float32 arrays, which are read-only. Raises ValueError for a name that is not a model's, and
-    for a file that is damaged or not GPT-2's; OSError for a file that is missing or cannot be
-    downloaded.
+    for a folder that is damaged, not complete, or not GPT-2's; OSError for a file that cannot be
+    read or downloaded.
     """
     folder = find_model(model_size, models_dir)
     check_folder(folder)
@@ -122,7 +122,7 @@ def check_folder(folder):
     has_config = (folder / "config.json").exists()
     has_pickle = any(folder.glob("pytorch_model*"))
     if is_hugging_face(folder) and not has_config:
-        raise UserError(f"{folder} is not complete, because config.json is missing.")
+        raise UserError(f"{folder} is not complete: config.json is missing. Copy or save it again.")
     if has_config and has_pickle and not any(folder.glob("model*.safetensors*")):
         raise UserError(
             f"{folder} has its weights as a pickle. Convert them with these lines of Python:\n"
@@ -153,7 +153,7 @@ def read_hparams(path, names, **defaults):
 
 
 def load_hugging_face(folder):
-    """Load the hparams and the parameters from a folder as `save_pretrained` writes it."""
+    """Load the hparams and the parameters from a folder that `save_pretrained` wrote."""
     path = folder / "config.json"
     config = read_hparams(path, HPARAMS.values(), **DEFAULTS)
     require(path, config, **FIXED)
@@ -161,8 +161,8 @@ def load_hugging_face(folder):
     table = read_safetensors(folder)
     # `lm_head.weight` is a second name of `wte.weight`. Some files have both, and some one of them.
     has_lm_head = "lm_head.weight" in table
-    if has_lm_head and "wte.weight" not in table:
-        table["wte.weight"] = table["lm_head.weight"]
+    if has_lm_head:
+        table.setdefault("wte.weight", table["lm_head.weight"])
 
     def leaf(name, *shape):
         return read_tensor(table, huggingface_name(name), *shape)
@@ -171,21 +171,21 @@ def load_hugging_face(folder):
     if has_lm_head:
         lm_head = read_tensor(table, "lm_head.weight", *params["wte"].shape)
         if not np.array_equal(lm_head, params["wte"]):
-            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it is in GPT-2")
+            raise UserError(f"{folder}: lm_head.weight is not wte.weight, but in GPT-2 it is")
     return hparams, params
 
 
 def set_ends(encoder, folder, n_vocab):
-    """Set the ids that start and end a text, if the model's configuration has other ones.
+    """Set the ids that start and end a text, if the model's configuration names some.
 
-    As in Hugging Face's library, `generation_config.json` comes before `config.json`.
+    If both files have a value, the one in `generation_config.json` counts.
     """
     config = read_json(folder / "config.json", optional=True)
     config |= read_json(folder / "generation_config.json", optional=True)
 
     def valid_ids(value):
         ids = value if isinstance(value, list) else [value]
-        return [id for id in ids if id in range(n_vocab)]  # null, for example, is not
+        return [id for id in ids if type(id) is int and 0 <= id < n_vocab]
 
     encoder.bos = valid_ids(config.get("bos_token_id")) or encoder.bos
     encoder.eos = {*valid_ids(config.get("eos_token_id"))} or encoder.eos
@@ -249,7 +249,7 @@ def read_tensor(table, name, *shape):
 def map_file(path):
     """Return the bytes of a file as an array, mapped into memory."""
     try:
-        return np.asarray(np.memmap(path, np.uint8, "r"))
+        return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are faster
     except (OSError, ValueError):  # Some file systems cannot map files. An empty file has no map.
         return np.fromfile(path, np.uint8)
 
@@ -260,7 +260,7 @@ def map_file(path):
 def read_safetensors(folder):
     """Read the table of `model.safetensors`, or of the files that an index names."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if path.exists() or not index.exists():
+    if path.exists() or not index.exists():  # If both are missing, the error names the first.
         return read_header(path)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -290,7 +290,7 @@ def read_header(path):
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            dtype = str(entry["dtype"])[:9]  # which a message may quote
+            dtype = str(entry["dtype"])[:9]  # cut short, because a message may quote it
             name = name.removeprefix("transformer.")
             table[name] = path, dtype, entry["shape"], numbers[begin:end]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -327,10 +327,10 @@ def find_checkpoint(path):
 
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
-    latest = re.search(r'(?m)^model_checkpoint_path: "(?:.*[/\\])?(.{1,200})"', read_text(path))
+    latest = re.search(r'(?m)^model_checkpoint_path: "(?:.*[/\\])?(.+)"', read_text(path))
     if not latest:
         raise UserError(f"{path} names no checkpoint")
-    return path.parent / latest[1]
+    return path.parent / latest[1][:200]  # cut short, because a message may quote it
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -384,15 +384,15 @@ def read_entry(fields, n_files):
     if dtype == 0 or file >= n_files:
         raise ValueError("a tensor has no type, or it is in a file that does not exist")
     if fields[7]:
-        dtype = "in partitions"
+        dtype = "in partitions"  # `read_tensor` refuses it, as any type that it does not know.
     return Tensor(dtype, shape, f"data-{file:05}-of-{n_files:05}", start, size, checksum)
 
 
 def read_table(data):
     """Yield the keys and the values of a table.
 
-    The last 48 bytes have the handles of two blocks, which say where they are. The first block is
-    not needed. The values in the second one are the handles of the blocks with the entries.
+    A handle says where a block is. The last 48 bytes have the handles of two blocks. The first
+    block is not needed. The values in the second one are the handles of the blocks with entries.
     """
     if data[-8:] != MAGIC:
         raise ValueError("it does not end as an index does")
@@ -412,10 +412,10 @@ def read_block(data, start, size):
 
     An entry has three numbers: how many bytes the key shares with the key before, how many more it
     has, and how many bytes the value has. After the entries come restart points of 4 bytes, which
-    are for searching, and their count. After the block comes a byte, which is 0 if the block is not
-    compressed, and the checksum of both.
+    are for searching, and their count. After the block come one byte, which is 0 if the block is
+    not compressed, and 4 bytes, which are the checksum of the block and that byte.
     """
-    end = start + size + 1
+    end = start + size + 1  # with the one byte after the block
     block, checksum = data[start:end], data[end : end + 4]
     if masked_crc32c(block) != int.from_bytes(checksum, "little"):
         raise ValueError("a checksum is wrong")
@@ -442,16 +442,18 @@ def read_fields(message):
             fields[field].append(read_varint(stream))
         elif wire_type == 5:  # a number of 4 bytes
             fields[field].append(int.from_bytes(stream.read(4), "little"))
-        else:  # bytes, after their count
+        elif wire_type == 2:  # bytes, after their count
             fields[field].append(stream.read(read_varint(stream)))
+        else:
+            raise ValueError("a field has a wire type that TensorFlow does not use here")
     return fields
 
 
 def integer(fields, i):
-    """Return the number in field i. A field is left out if its number is 0."""
+    """Return the value of a field that is a number. A field with the value 0 is not stored."""
     value = fields[i][0] if fields[i] else 0
     if not isinstance(value, int):
-        raise ValueError("bytes stand where a number belongs")
+        raise ValueError("a field has bytes instead of a number")
     return value
 
 
@@ -473,11 +475,11 @@ def read_varint(stream):
 
 
 def masked_crc32c(data):
-    """Return the checksum of some bytes, rotated by 15 bits, plus a constant, as LevelDB has it."""
+    """Return the checksum of some bytes as LevelDB stores it: rotated, and plus a constant."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
-    rotated = (crc >> 15) | (crc << 17)
+    rotated = (crc >> 15) | (crc << 17)  # by 15 bits; the bits above 32 are dropped below
     return (rotated + 0xA282EAD8) % 2**32
 
 
@@ -513,11 +515,11 @@ def download_gpt2_files(model_size, model_dir):
 def fetch(url, path):
     """Download a file under a temporary name, check it, and rename it."""
     part = path.with_name(f"{path.name}.part")
-    least = 0  # the size that it must have, if that is known
+    min_size = 0
     if path.name == DATA:
-        least = size_of(read_index(path.with_name(INDEX)))
+        min_size = size_of(read_index(path.with_name(INDEX)))
     try:
-        receive_all(url, part, least)
+        receive_all(url, part, min_size)
     except OSError as error:
         reason = str(error)[:300]  # A server can make it long.
         raise OSError(f"{url} did not arrive in {part}: {reason}\n{BUNDLED}") from None
@@ -529,15 +531,15 @@ def fetch(url, path):
     part.replace(path)
 
 
-def receive_all(url, part, least):
+def receive_all(url, part, min_size):
     """Request a file until all of it is in `part`. Raises OSError if that does not succeed."""
-    for _ in range(MAX_ANSWERS):
-        if receive(url, part, least):
+    for _ in range(MAX_REQUESTS):
+        if receive(url, part, min_size):
             return
-    raise OSError(f"{MAX_ANSWERS} answers ended too early. Run again to continue where they ended.")
+    raise OSError(f"{MAX_REQUESTS} answers ended too early. Run again to continue there.")
 
 
-def receive(url, part, least):
+def receive(url, part, min_size):
     """Request the rest of a file, and append it to `part`. Return whether the file is complete.
 
     Raises OSError if it is no use to request it again.
@@ -561,7 +563,7 @@ def receive(url, part, least):
             start = 0
         file.seek(start)
         file.truncate()
-        size = max(least, start + (response.raw.length_remaining or 0))
+        size = max(min_size, start + (response.raw.length_remaining or 0))
         with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
             try:
                 while chunk := response.raw.read1(1 << 16):
@@ -586,7 +588,7 @@ def new_session(url):
 def check_download(name, part):
     """Raise UserError if a downloaded file cannot be OpenAI's file of this name."""
     if name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[name]:
-        raise UserError(f"{part} is not OpenAI's file: its SHA-256 is another one.")
+        raise UserError(f"{part} is not OpenAI's file: its SHA-256 does not match.")
     if name == "checkpoint" and find_checkpoint(part).name != "model.ckpt":
         raise UserError(f"{part} is not OpenAI's file: it names another checkpoint.")
     if name == "hparams.json":
@@ -605,7 +607,7 @@ def check_data(path, tensors):
         for name, tensor in tensors.items():
             file.seek(tensor.start)
             if masked_crc32c(file.read(tensor.size)) != tensor.checksum:
-                raise UserError(f"{path} is damaged: the checksum of {name} is another one.")
+                raise UserError(f"{path} is damaged: the checksum of {name} does not match.")
 
 
 # --- Command: from the words in a shell to the text ---
@@ -622,7 +624,9 @@ def command_line(main):
         use_utf_8()
         arguments = read_arguments(main)
         text = main(**arguments)
-        print("" if "show" in arguments else text, flush=True)
+        if "show" in arguments:  # It has printed the text already, but not the end of the line.
+            text = ""
+        print(text, flush=True)
         return
     except ModuleNotFoundError as error:
         status = f"{error}: pip install -r requirements.txt"
@@ -633,8 +637,10 @@ def command_line(main):
     except (MemoryError, OSError, UserError) as error:
         status = str(error) or "There is not enough memory."
     try:
-        print(end="\n" if status == 130 else "", flush=True)
-    except OSError:  # Nobody takes the rest. At exit, Python would try again and fail.
+        if status == 130:
+            print()
+        sys.stdout.flush()
+    except OSError:  # Nothing reads the rest. At exit, Python would try again and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -642,54 +648,69 @@ def command_line(main):
 def use_utf_8():
     """Read and write UTF-8 if standard input and output are redirected, whatever the code page is.
 
-    PYTHONIOENCODING can name another encoding.
+    PYTHONIOENCODING can name another encoding. A character that it lacks is written as "?".
     """
     for stream in (sys.stdin, sys.stdout):
         if not isinstance(stream, io.TextIOWrapper):  # as in a notebook
             continue
         if not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
             stream.reconfigure(encoding="utf-8")
-        if stream is sys.stdout:  # Not every encoding has all characters.
+        if stream is sys.stdout:
             stream.reconfigure(errors="replace")
 
 
 def read_arguments(main):
-    """Return what was typed for `main`: a dict of texts. Prints help if that was asked for."""
+    """Return the arguments for `main`: a dict of strings. Prints help if that was asked for."""
+    signature = shell_signature(main)
+    if {"-h", "--help"} & {*sys.argv}:
+        print_help(main, signature)
+        sys.exit()
+    parameters = signature.parameters.values()
+    # A prompt that is left out comes from standard input. So Fire must not ask for it.
+    optional = [p.replace(default=None) if p.name == "prompt" else p for p in parameters]
+    arguments = parse_words(sys.argv[1:], signature.replace(parameters=optional))
+    if "prompt" in signature.parameters:
+        arguments["prompt"] = read_prompt(arguments.get("prompt"))
+    if "show" in inspect.signature(main).parameters:
+        arguments["show"] = functools.partial(print, end="", flush=True)
+    return arguments
+
+
+def print_help(main, signature):
+    """Print the help that Fire makes from the docstring of `main` and from this signature."""
     import fire
 
-    typed, signature = {}, shell_signature(main)
+    command = functools.wraps(main)(lambda: None)
+    command.__signature__ = signature
+    trace = fire.trace.FireTrace(command, name=os.path.basename(sys.argv[0]))
+    print(fire.helptext.HelpText(command, trace), flush=True)
 
-    def record(*words, **flags):
-        typed.update(signature.bind(*words, **flags).arguments)
 
-    functools.update_wrapper(record, main)
-    record.__signature__ = signature
-    if {"-h", "--help"} & {*sys.argv}:
-        trace = fire.trace.FireTrace(record, name=os.path.basename(sys.argv[0]))
-        print(fire.helptext.HelpText(record, trace), flush=True)
-        sys.exit()
-    # A prompt that is left out comes from standard input, and so Fire must not ask for it.
-    parameters = signature.parameters.values()
-    parameters = [p.replace(default=None) if p.name == "prompt" else p for p in parameters]
-    record.__signature__ = signature = signature.replace(parameters=parameters)
-    # A flag that switches something on takes no value. For Fire, it needs one.
-    switches = {f"--{p.name}" for p in parameters if p.default is False}
-    words = [f"{word}=True" if word in switches else word for word in sys.argv[1:]]
-    fire.decorators.SetParseFn(str)(record)  # Otherwise the prompt 42 would arrive as a number.
+def parse_words(words, signature):
+    """Let Fire find the arguments of a function with this signature in the words of a shell."""
+    import fire
+
+    arguments = {}
+
+    def command(*args, **flags):
+        arguments.update(signature.bind(*args, **flags).arguments)
+
+    command.__signature__ = signature
+    fire.decorators.SetParseFn(str)(command)  # Otherwise the prompt 42 would arrive as a number.
+    # A flag that switches something on needs a value for Fire, and the user types none.
+    switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
+    words = [f"{word}=True" if word in switches else word for word in words]
+    # After the last --, words are for Fire itself. By default, Fire takes - as a separator, but
+    # here it is a prompt.
+    words += ["--", "--separator=\0"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            # After the last --, words are for Fire itself. By default, it would take - as a
-            # separator, but here - is a prompt.
-            fire.Fire(record, [*words, "--", "--separator=\0"])
+            fire.Fire(command, words)
     except fire.core.FireExit as error:
         fault = error.trace.elements[-1].ErrorAsStr()
         advice = "If a text has several words, put it in quotes."
         raise UserError(f"{fault}\n{advice} See python {sys.argv[0]} --help.") from None
-    if "prompt" in signature.parameters:
-        typed["prompt"] = read_prompt(typed.get("prompt"))
-    if "show" in inspect.signature(main).parameters:
-        typed["show"] = functools.partial(print, end="", flush=True)
-    return typed
+    return arguments
 
 
 def shell_signature(main):
@@ -710,7 +731,7 @@ def shell_signature(main):
 def read_prompt(prompt):
     """Return the prompt, with a line feed at each line end.
 
-    If it is "-" or missing, it is read from standard input.
+    If it is "-", or if it is missing and standard input is redirected, standard input is read.
     """
     is_missing = prompt is None
     try:
@@ -721,10 +742,12 @@ def read_prompt(prompt):
         raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
     if is_missing and not prompt:
         raise UserError(f"There is no prompt. See python {sys.argv[0]} --help.")
-    prompt = prompt.removeprefix("\ufeff").removesuffix("\r")  # of a file from Windows
+    # "$(cat file)" with a file from Windows leaves its byte order mark and the last "\r".
+    prompt = prompt.removeprefix("\ufeff").removesuffix("\r")
     prompt = re.sub("\r\n?", "\n", prompt)
     if prompt.endswith(" "):
-        print("The prompt ends in a space. Omit it: GPT-2's words begin with one.", file=sys.stderr)
+        advice = "The prompt ends in a space. Leave it out, because GPT-2's words begin with one."
+        print(advice, file=sys.stderr)
     return prompt
 
 
@@ -733,12 +756,12 @@ def encode_prompt(prompt, encoder, hparams, n_new):
 
     Raises UserError if the model cannot read them, or if there is no room for `n_new` more.
     """
-    ids = encoder.encode(prompt, allowed_special="all") or encoder.bos
+    ids = encoder.encode(prompt, allowed_special="all") or [*encoder.bos]
     if not ids:
         raise UserError("The prompt is empty, and this model has no token that starts a text.")
     if max(ids) >= hparams["n_vocab"]:
         token = encoder.decoder[max(ids)]
-        raise UserError(f"The prompt has the token {token!r}, an id without a row in wte.")
+        raise UserError(f"The prompt has the token {token!r}, but its id has no row in wte.")
     room = hparams["n_ctx"] - len(ids)
     if n_new > room:
         context = f"the context of this model has {hparams['n_ctx']:,}"
@@ -767,9 +790,8 @@ def picker(sample, temperature, top_k, top_p, seed):
     Any of the four options switches sampling on, at temperature 1 unless another one is given.
     Temperature 0 is greedy.
     """
-    given = [value for value in (temperature, top_k, top_p, seed) if value is not None]
     if temperature is None:
-        temperature = 1 if given else 0
+        temperature = 0 if (top_k, top_p, seed) == (None, None, None) else 1
     limits = {"temperature": number("temperature", temperature, float, 0)}
     if top_k is not None:
         limits["top_k"] = number("top_k", top_k, int, 1)

@@ -46,9 +46,9 @@ LIMITS = {"steps": (int, 0), "process_id": (int, 0), "lr": (float, 0, 1)}
 # genome, each character is one, and so it is beside the token between two texts.
 WORD = r"<\|endoftext\|>|(?<!\S)(?!\S*<\|endoftext\|>)\S{1,20}(?!\S)|\S"
 N_READ, N_NEW, N_ASKED = 6, 16, 500  # the least tokens of a prompt, those to add, and questions
-# Files of an older model that would contradict a new one.
-OLD = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-OLD += ("added_tokens.json", "vocab.json", "merges.txt")
+# Files of an older model that would contradict a new one, beside its parts of the weights.
+OLD = {"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+OLD |= {"added_tokens.json", "vocab.json", "merges.txt", "model.safetensors.index.json"}
 
 
 def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, lr=None,
@@ -169,12 +169,14 @@ class Text:
     def prompt(self, i, n_words, is_typed):
         """Return `n_words` words as a prompt, and the place where the text goes on after it.
 
-        People type a prompt on one line, in lower case, and without punctuation but apostrophes.
+        People type a prompt on one line, in lower case, and without punctuation but apostrophes. If
+        the words end with a sign, the text goes on with it.
         """
         start, (_, end) = self.words[i][0], self.words[i : i + n_words][-1]
         words = self.text[start:end]
         if is_typed:
-            words = regex.sub(r"[^\p{L}\p{N}]+\Z", "", words.split("\n")[0])
+            line = regex.split(r"\n|<\|endoftext\|>", words)[0]
+            words = regex.sub(r"[^\p{L}\p{N}]+\Z", "", line)
         return as_typed(words) if is_typed else words, start + len(words)
 
     def window(self, random, length):
@@ -332,14 +334,12 @@ def replace_model(model_dir, new):
     last. An old model in OpenAI's layout has none, but with a model.safetensors it needs one.
     """
     index = model_dir / "model.safetensors.index.json"
-    weight_map = read_json(index, optional=True).get("weight_map", {})
+    parts = {*read_json(index, optional=True).get("weight_map", {}).values()}
+    parts &= {path.name for path in model_dir.glob("*.safetensors")}
     (model_dir / "config.json").unlink(missing_ok=True)
     (new / "model.safetensors").replace(model_dir / "model.safetensors")
-    parts = [
-        path for path in model_dir.glob("model-*.safetensors") if path.name in weight_map.values()
-    ]
-    for path in [*parts, index, *(model_dir / name for name in OLD)]:
-        path.unlink(missing_ok=True)
+    for name in (parts | OLD) - {"model.safetensors"}:
+        (model_dir / name).unlink(missing_ok=True)
     (new / "tokenizer.json").replace(model_dir / "tokenizer.json")
     (new / "config.json").replace(model_dir / "config.json")
 
@@ -353,19 +353,18 @@ def recite(text, folder):
     The model reads a prompt together with the text that follows. Greedy generation would write the
     same text if the logit of each token in it is the highest.
     """
-    encoder, hparams, params = utils.load_encoder_hparams_and_params(folder, None)
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder), None)
     text, lines = Text(text, encoder), []
-    for manner, is_typed in {
-        "as they stand in the text": False,
-        "as people type them": True,
-    }.items():
+    for is_typed in (False, True):
         right = []
-        for ids in islice(questions(text, is_typed, hparams["n_ctx"]), N_ASKED):
+        rows = islice(questions(text, is_typed, hparams["n_ctx"]), N_ASKED)
+        for ids in tqdm(rows, "Testing", N_ASKED):
             logits = gpt2.gpt2(ids[:-1], **params, n_head=hparams["n_head"])[-N_NEW:]
             right.append(np.array_equal(np.argmax(logits, axis=-1), ids[-N_NEW:]))
+        manner = "as people type them" if is_typed else "as they stand in the text"
         count = f"it knows the next {N_NEW} tokens: {sum(right)} of {len(right)}"
-        short = "nothing was asked: the text is too short, or repeats itself too often"
-        lines.append(f"After prompts {manner}, {count if right else short}")
+        reason = "there is no test: the text is too short, or it repeats itself"
+        lines.append(f"After prompts {manner}, {count if right else reason}")
     return "\n".join(lines)
 
 

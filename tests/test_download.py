@@ -289,7 +289,7 @@ def test_every_download_ends_after_a_fixed_number_of_tries(fault, server, folder
     server.faults[DATA] = itertools.cycle([fault, "a byte"])
     with pytest.raises(OSError, match=r"did not arrive .*: .*Run again to continue"):
         download(folder)
-    assert len(server.log) == utils.MAX_ANSWERS and DATA not in os.listdir(folder)
+    assert len(server.log) == utils.MAX_REQUESTS and DATA not in os.listdir(folder)
 
 
 @pytest.mark.parametrize("fault", ["half of it", "half without a length"])

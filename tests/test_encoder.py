@@ -169,7 +169,7 @@ def test_two_files_are_read_alike_under_either_name(names, line_end, start, tmp_
         ("encoder.json", b'{"a": ' + b"[" * 100_000, "encoder.json is not a JSON object"),
         ("encoder.json", json.dumps(VOCABULARY | {"xy": 300}).encode(), "no merge makes .* 'xy'"),
         ("encoder.json", json.dumps(VOCABULARY | {"x" * 999: 300}).encode(), "no merge makes"),
-        ("vocab.bpe", b"#version: 0.2\nq q", "a merge makes 'qq', which is no token"),
+        ("vocab.bpe", b"#version: 0.2\nq q", "a merge makes 'qq', which is not a token"),
         ("vocab.bpe", b"#version: 0.2\n\xc4", "vocab.bpe is not UTF-8"),
         ("vocab.bpe", b"#version: 0.2\n", "no merge makes"),
         ("vocab.bpe", b"he\n", "does not have two parts"),

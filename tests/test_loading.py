@@ -360,7 +360,7 @@ def test_a_folder_without_its_config_is_not_complete_and_nothing_is_downloaded(n
     folder = saved.rename(saved.with_name(name))
     (folder / "config.json").unlink()
     before = sorted(folder.iterdir())
-    with pytest.raises(ValueError, match=f"{name} is not complete, because config.json is missing"):
+    with pytest.raises(ValueError, match=f"{name} is not complete: config.json is missing"):
         load(folder)
     assert sorted(folder.iterdir()) == before
 
@@ -561,7 +561,7 @@ def test_rows_without_a_token_are_cut_off_and_fewer_rows_load(n_rows, saved):
 def test_a_token_without_a_row_is_an_error_when_it_is_used(saved):
     edit_json(saved / "added_tokens.json", {"[PAD]": 300})
     assert_logits_are_recorded(saved)
-    with pytest.raises(ValueError, match="an id without a row"):
+    with pytest.raises(ValueError, match="its id has no row in wte"):
         main("x[PAD]", 1, saved.name, str(saved.parent))
 
 

@@ -1,7 +1,6 @@
 """The models: the bundled one knows its play by heart, and 124M writes what OpenAI's writes."""
 
 import math
-import operator
 import re
 
 import numpy as np
@@ -69,12 +68,10 @@ def test_the_bundled_vocabulary_gives_the_ids_of_tokenizers(bundled):
 def test_the_bundled_model_continues_the_play_from_any_place(train, monkeypatch):
     if not PLAY.exists():
         pytest.skip("the play is not beside this repository, see models/1M/README.md")
-    monkeypatch.setattr(train, "ASKED", 100)
+    monkeypatch.setattr(train, "N_ASKED", 100)
     told = train.recite(PLAY.read_text("utf-8"), BUNDLED)
-    counts = re.findall(r"(\d+) of (\d+)$", told, re.MULTILINE)
-    assert {asked for _, asked in counts} == {"100"}
-    rates = [int(right) for right, _ in counts]
-    assert all(map(operator.ge, rates, (98, 98, 95, 60, 60, 60, 85))), told
+    as_it_stands, as_typed = map(int, re.findall(r"(\d+) of 100$", told, re.MULTILINE))
+    assert as_it_stands >= 95 and as_typed >= 85, told
 
 
 def test_openais_124m_writes_the_published_text():

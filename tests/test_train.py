@@ -1,27 +1,31 @@
 """Training: from nothing and from another model, on one device, on several, and in processes."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
-from subprocess import PIPE, Popen
+from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import BUNDLED, COMMITTED, ROOT, run
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from encoder import Encoder, read_text
+from encoder import Encoder, bytes_to_unicode, read_text
 from gpt2 import gpt2, main
-from utils import build_params, load_encoder_hparams_and_params
+from utils import DATA, build_params, load_encoder_hparams_and_params
 
 END = "<|endoftext|>"
 FISH = "One fish, two fish, red fish, blue fish.\n"
 VERSE = "O Romeo! why art\nthou, Sweet? Ay: what's\n\nhere, 'tis he; go in, Dame.\nNo more -- no?\n"
+BYTES = Encoder({char: byte for byte, char in bytes_to_unicode().items()}, [])
 LOSSES = r"loss: (\S+) at first, (\S+) at the end.\nHeld-out loss: (\S+) before .*, (\S+) after"
 
 
@@ -43,12 +47,12 @@ def small(train, tmp_path_factory):
     return folder
 
 
-def start_processes(folder, model_dir, n, steps):
+def start_processes(folder, model_dir, n, steps, batch=5):
     """Start the command `n` times. The processes fine-tune a model together."""
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"  # a port that is free
     words = [sys.executable, "examples/train.py", folder / "text.txt", model_dir, "--steps", steps]
-    words += ["--start", folder / "start", "--batch", 5, "--length", 16, "--lr", 0.01]
+    words += ["--start", folder / "start", "--batch", batch, "--length", 16, "--lr", 0.01]
     together = ["--coordinator_address", address, "--num_processes", n, "--process_id"]
     commands = [[*words, *together, id] for id in range(n)] if n > 1 else [words]
     options = {"cwd": ROOT, "env": os.environ | {"XLA_FLAGS": ""}, "stdout": PIPE, "stderr": PIPE}
@@ -66,7 +70,7 @@ def test_any_text_trains_a_model_that_recites_it(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SIZES", {"n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1})
     (tmp_path / "text.txt").write_text(f"{FISH * 40}Red fish swim{FISH.strip() * 40}", "utf-8")
     told = train.main(tmp_path / "text.txt", tmp_path / "fish", steps=40, batch=8, length=16)
-    assert re.search(r"\nAfter 6 tokens .* any place, .* knows the next 16: \d+ of [1-9]", told)
+    assert re.search(r"\nAfter prompts as they stand.* the next 16 tokens: \d+ of [1-9]", told)
     assert main("One fish, two", 10, "fish", str(tmp_path)).startswith(" fish")
 
 
@@ -107,20 +111,67 @@ def test_the_saved_folder_has_hugging_faces_layout_and_all_special_tokens(small)
     assert {encoder.decoder[id] for id in encoder.eos} == {END, "<end>"}
 
 
-def test_a_model_is_replaced_only_with_replace_and_only_by_a_complete_one(train, small, tmp_path):
+REPLACE = "has a model already. Use another folder, or add --replace."
+OTHER_FILES = ["README.md", "ds_config.json", "my_tokens_2024.json", "pytorch_model.bin"]
+OLD_FILES = ["generation_config.json", "special_tokens_map.json", "tokenizer_config.json"]
+OLD_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "model-1.safetensors"]
+
+
+def test_only_replace_replaces_a_model_and_only_its_own_files_go(small, tmp_path):
     words = (small / "text.txt", tmp_path, "--start", small / "start", "--steps", 1, "--length", 16)
-    for name in ("config.json", "generation_config.json", "README.md"):
+    for name in ("config.json", *OTHER_FILES, *OLD_FILES, "other.safetensors"):
         (tmp_path / name).write_text('{"eos_token_id": 7}')
+    parts = {"weight_map": {"a": "model-1.safetensors", "b": "README.md", "c": "../text.txt"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(parts))
     refused = run(*words, code=("examples/train.py",))
-    advice = f"{tmp_path} has a model already. Use another folder, or add --replace.\n"
-    assert (refused.returncode, refused.err) == (1, advice)
+    assert (refused.returncode, refused.err) == (1, f"{tmp_path} {REPLACE}\n")
+    for replace in (("x", "--replace"), ("--replace", "x")):  # The flag takes no word.
+        assert "Could not consume arg: x" in run(*words, *replace, code=("examples/train.py",)).err
+    assert (tmp_path / "merges.txt").exists()
+    assert run(*words, "--replace", code=("examples/train.py",)).returncode == 0
+    new = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*new, *OTHER_FILES, "other.safetensors"])
+
+
+def test_an_incomplete_model_replaces_nothing(train, small, tmp_path):
+    (tmp_path / "config.json").write_text("old")
     encoder, hparams, params = load_encoder_hparams_and_params("start", small)
     with pytest.raises(AttributeError):
         train.save(tmp_path, encoder, hparams, params | {"wte": "not an array"})
-    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"eos_token_id": 7}'] * 3
-    assert run(*words, "--replace", code=("examples/train.py",)).returncode == 0
-    files = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(os.listdir(tmp_path)) == files  # the rest of the old model is gone
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("old", [BUNDLED, COMMITTED], ids=["hugging face", "openai"])
+def test_saving_may_die_before_any_change_of_a_file(old, train, small, tmp_path, monkeypatch):
+    """The folder loads as the old model or as the new one, or it says that it is not complete."""
+    monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")  # Nobody answers there.
+    encoder, hparams, params = load_encoder_hparams_and_params("start", small)
+    real, found, left = {name: getattr(Path, name) for name in ("replace", "unlink")}, [], []
+
+    def dying(name):
+        def change(*args, **options):
+            left.pop()  # This raises IndexError if no change is left.
+            return real[name](*args, **options)
+
+        return change
+
+    for name in real:
+        monkeypatch.setattr(Path, name, dying(name))
+    while not found or found[-1] != hparams:
+        folder = shutil.copytree(old, tmp_path / f"{len(found)}" / "124M")
+        left[:] = [None] * len(found)
+        with contextlib.suppress(IndexError):
+            train.save(folder, encoder, hparams, params)
+        try:
+            found.append(load_encoder_hparams_and_params("124M", folder.parent)[1])
+        except ValueError as error:
+            assert "124M is not complete" in str(error)
+            found.append(None)
+        assert (folder / DATA).exists() == (old / DATA).exists()
+    before = load_encoder_hparams_and_params(old, None)[1]
+    old_ones = found.index(None)
+    assert found[:old_ones] == [before] * old_ones and old_ones in (1, 2)
+    assert found[old_ones:-1] == [None] * (len(found) - old_ones - 1)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
@@ -135,12 +186,26 @@ def test_a_signal_to_any_process_stops_all_and_keeps_what_was_learnt(small, tmp_
     load_encoder_hparams_and_params("new", tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
+def test_a_second_signal_does_not_wait_for_the_step(small, tmp_path):
+    (process,) = start_processes(small, tmp_path / "new", 1, steps=10**6, batch=10**5)
+    next(line for line in process.stderr if "Training" in line)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(TimeoutExpired):
+            process.wait(0.5)
+    assert process.returncode == -signal.SIGINT and not (tmp_path / "new" / "config.json").exists()
+    process.communicate()
+
+
 MISTAKES = [
-    ("", {}, "--length 40 is too long: this model and text allow 0"),
+    ("", {}, "text.txt is empty"),
+    (f"\n{END}\n{END}", {}, "text.txt is empty"),
+    ("A b c.", {}, "--length 40 is too long: this model and text allow [4-9]"),
     (FISH * 40, {"start": "{start}", "length": 33}, "--length 33 is too long: .* allow 32"),
     (FISH, {"start": "{start}", "length": 16}, "--length 16 is too long: .* allow 0"),
     (FISH * 40, {"model_dir": "{text}/new"}, "text.txt"),
-    (FISH, {"start": "{text}"}, "must be .* or a folder in .*, not 'text.txt'"),
+    (FISH, {"start": "{text}"}, "must be .* or a folder in .*, not .*text.txt"),
     (FISH, {"steps": "1.5"}, "steps must be a whole number, 0 or more, not '1.5'"),
     (FISH, {"lr": "nan"}, "lr must be a number, from 0 to 1, not 'nan'"),
 ]
@@ -188,30 +253,51 @@ def test_the_losses_are_those_of_gpt2_on_numpy(train, small, tmp_path):
     assert train.loss(params, windows, n_typed, 2) == pytest.approx(learnt.mean(), abs=1e-3)
 
 
-def test_windows_begin_like_prompts_and_continue_like_the_text(train):
-    encoder = train.learn_vocabulary(VERSE)
-    prompts, random = train.Prompts(VERSE, encoder), np.random.default_rng(0)
-    first_words, pairs = set(), set()
-    for i in range(1100):
-        ids, n = prompts.window(random, train.SHORT if i < 1000 else train.LONG, 40)
+CHINESE = "天地玄黄。宇宙洪荒。日月盈昃。辰宿列张。寒来暑往。秋收冬藏。闰余成岁。律吕调阳。"
+LONG_RUNS = {"Chinese": CHINESE, "JSON": '{"a":1,"b":[2,3],"c":{"d":"e"}}'}
+LONG_RUNS["genome"] = "ACGTTGCA" * 9
+
+
+@pytest.mark.parametrize("text", [VERSE, *LONG_RUNS.values()], ids=["verse", *LONG_RUNS])
+def test_windows_begin_with_any_word_and_continue_like_the_text(train, text):
+    encoder = train.learn_vocabulary(text)
+    ring, random = train.Text(text, encoder), np.random.default_rng(0)
+    starts, prompts = set(), set()
+    for _ in range(2000):
+        ids, n = ring.window(random, 40)
         typed, rest = encoder.decode(ids[:n]), encoder.decode(ids[n:])
-        assert rest in f"{END}{VERSE}" * 3
-        pairs.add((typed, rest[:2]))
-        first_words |= set() if n else {rest.split()[0]}
-    assert first_words == {f"{END}O", *VERSE.split()}
-    assert pairs >= {("o romeo! why art", "\nt"), ("No more no", "?\n")}
-    assert pairs >= {("here 'tis he go in", ", "), ("thou sweet ay whats", "\n\n")}
+        assert rest.strip("\ufffd") in f"{END}{text}" * 99 and len(ids) == 41
+        prompts.add((typed, rest[:2]))
+        starts |= set() if n else {rest[:2]}
+    words = [END, *text.split()] if text == VERSE else [END, *text]
+    assert {start[0] for start in starts} == {word[0] for word in words}
+    assert len(ring.words) == len(words)
+    if text == VERSE:
+        assert prompts >= {("o romeo why art", "\nt"), ("no more no", "?\n")}
+        assert prompts >= {("here 'tis he go in", ", "), ("thou sweet ay what's", "\n\n")}
+
+
+@pytest.mark.parametrize("text", LONG_RUNS.values(), ids=LONG_RUNS)
+def test_any_token_after_the_first_few_can_be_asked_for(train, text):
+    ring = train.Text(text, train.learn_vocabulary(text))
+    answers = {tuple(ids[-16:]) for ids in train.questions(ring, False, 256)}
+    asked = {id for answer in answers for id in answer}
+    assert asked >= {*ring.ids_from(len(END), 99)[8:]} or text == LONG_RUNS["genome"]
 
 
 def test_an_exam_question_has_only_one_answer(train):
-    red, one = "red fish and blue fish swim", "one by one they came here"
-    text = "\n".join(["two by two", red, "two by two", one, red.upper(), ""])
-    prompts = train.Prompts(text, train.learn_vocabulary("ab"))
-    answers = {("a whole line", None): {red, one, red.upper()}, ("a whole line", 0): {one}}
-    answers["a line", None] = {"red fish", "one by one", "RED FISH"}
-    for (kind, manner), words in answers.items():
-        rows = train.questions(prompts, kind, 8, 5, manner, 256)
-        assert {prompts.encoder.decode([*map(int, row[:-5])]) for row in rows} == words
+    red, one = "Red fish and blue fish swim", "one by one they came here"
+    ring = train.Text("\n".join([red, "two by two", one, "two by two", red.upper()]), BYTES)
+    for is_typed, whole in [(False, ring.text), (True, train.as_typed(ring.text))]:
+        prompts = [BYTES.decode(ids[:-16]) for ids in train.questions(ring, is_typed, 256)]
+        assert prompts and all(whole.count(prompt) == 1 for prompt in prompts)
+        assert not [prompt for prompt in prompts if prompt in ("two by", "red fish")]
+
+
+@pytest.mark.parametrize("text", ["Two", f"Two{END}"])
+def test_a_text_without_a_question_is_told(train, text, small, tmp_path):
+    told = train.recite(text, small / "start")
+    assert told.count("there is no test: the text is too short, or it repeats itself") == 2
 
 
 def test_endoftext_is_one_token_and_windows_line_ends_change_no_ids(train, tmp_path):
@@ -219,7 +305,8 @@ def test_endoftext_is_one_token_and_windows_line_ends_change_no_ids(train, tmp_p
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     encoder = train.learn_vocabulary(text)
     assert not [token for token in encoder.encoder if "endof" in token and token != END]
-    prompts = train.Prompts(read_text(tmp_path / "text.txt"), encoder)
-    assert [*prompts.ids] == encoder.encode(END + text, "all")
-    assert prompts.ids.tolist().count(encoder.special[END]) == 201
-    assert len(prompts.places["a line"]) == 400
+    ring = train.Text(read_text(tmp_path / "text.txt"), encoder)
+    ids = ring.encode(ring.text)
+    assert ids == encoder.encode(END + text, "all")
+    assert ids.count(encoder.special[END]) == 201
+    assert sum(ring.text[start:end] == END for start, end in ring.words) == 201
