@@ -6,22 +6,22 @@ model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of
 returns logits: scores that say how well each token of the vocabulary would fit next. `stream` picks
 a token by these scores, appends its id, and asks the model again. `generate` returns the new ids.
 
-Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream.
-It runs through all blocks, and each block adds to it. At first, a row says which token it stands
-for and at which position. In each block, attention adds to each row what it finds in that row and
-in the rows before. Then a feed-forward network adds what it computes from each row alone. In the
-end, a row describes the next token. The sizes, and their values in the smallest GPT-2, 124M:
+Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
+which runs through all blocks. Each block only adds to it, and "residual" is the name for what is
+added. At first, a row says which token it stands for and at which position. In each block,
+attention adds to each row what it finds in that row and in the rows before. Then a feed-forward
+network adds what it computes from each row alone. In the end, each row describes the token that
+comes after its own. The sizes, and their values in 124M, the smallest GPT-2, for 7 tokens:
 
-    n_vocab  tokens in the vocabulary                               50,257
-    n_ctx    the context: the most tokens that a text can have      1,024
-    n_embd   numbers in the row of a token                          768
-    n_layer  blocks                                                 12
-    n_head   attention heads in each block                          12
-    d        numbers in a head's query, key and value (see `mha`)   64, that is n_embd / n_head
-    n_seq    tokens that a call of `gpt2` reads, its `inputs`       7 for a prompt of 7 tokens
-    n_past   tokens that earlier calls have read                    0 in the first call
-    n_q      queries in a call (see `mha`)                          n_seq
-    n_k      keys, with those of earlier calls                      n_past + n_seq
+    n_vocab  tokens in the vocabulary                                      50,257
+    n_ctx    the context: the most tokens that a text can have             1,024
+    n_embd   numbers in the row of a token                                 768
+    n_layer  blocks                                                        12
+    n_head   attention heads in each block                                 12
+    d        numbers in a head's query, key and value: n_embd / n_head     64
+    n_seq    tokens that this call of `gpt2` reads, its `inputs`           7
+    n_past   tokens whose keys and values the cache had before this call   0
+    n_k      keys that a query can be compared with: n_past + n_seq        7
 
 The parameters are the numbers that training has found, 124 million of them in 124M. They are nested
 dicts and lists of arrays, named as in OpenAI's checkpoints: `wte` and `wpe` (the token and position
@@ -33,11 +33,10 @@ embeddings: a row for each id or position), `ln_f` (the final layer norm), and, 
           c_proj  w [4*n_embd, n_embd]  b [n_embd]      projection: narrows it again
     ln_1, ln_2    g [n_embd]            b [n_embd]      layer norms before `attn` and before `mlp`
 
-A block has 12 * n_embd**2 + 13 * n_embd numbers. `attn` goes to the function `mha`, and `mlp`
-(multi-layer perceptron) to `ffn`. `linear(x, **c_fc)` means `linear(x, w=c_fc["w"], b=c_fc["b"])`.
-
-`stream` reads the whole prompt in its first step, and one new token in each later step. A cache
-keeps the keys and values (see `mha`) of all tokens read before. In 124M, with a prompt of 7 tokens:
+`attn` goes to the function `mha`, and `mlp` (multi-layer perceptron) to `ffn`. `linear(x, **c_fc)`
+means `linear(x, w=c_fc["w"], b=c_fc["b"])`. `stream` reads the whole prompt in its first step, and
+one new token in each later step. A cache keeps the keys and values (see `mha`) of all tokens read
+before. In 124M, with a prompt of 7 tokens:
 
                                         step 1          step 2
     inputs                              7 ids           1 id
@@ -49,9 +48,11 @@ keeps the keys and values (see `mha`) of all tokens read before. In 124M, with a
     logits, after the last token only   [1, 50257]      [1, 50257]
 
 The sixty lines are the code before `main`. Each function in them needs only NumPy and the functions
-that it calls. All run on JAX if `import jax.numpy as np` takes the place of the line below. JAX can
-compile, batch and differentiate functions that change no array in place. With a cache, `mha` writes
-into the cache. JAX's arrays forbid that, so the cache is NumPy's. Nothing else changes an array.
+that it calls. They also run on JAX, if `import jax.numpy as np` takes the place of the line below.
+JAX is a library with NumPy's functions that can also compile a function, run it on a batch of
+inputs, and compute its gradient. It can do this with `gpt2` without a cache. With a cache it
+cannot, because `mha` writes into it, and JAX's arrays cannot be written into. So the cache is
+always an array of NumPy's.
 """
 
 import numpy as np
@@ -63,7 +64,8 @@ def gelu(x):
     """Keep large positive numbers, and turn large negative numbers into almost 0.
 
     The Gaussian error linear unit is a smooth form of `np.maximum(x, 0)`. The formula with tanh is
-    Hendrycks and Gimpel's approximation (2016), as in OpenAI's code. `x**3` is slower than `x*x*x`.
+    Hendrycks and Gimpel's approximation (2016), as in OpenAI's code. NumPy computes squares fast,
+    but all higher powers slowly, so `x * x * x` stands for `x**3`.
 
     >>> gelu(np.array([-2.0, 0.0, 2.0])).round(4)
     array([-0.0454,  0.    ,  1.9546])
@@ -117,8 +119,9 @@ def attention(q, k, v, mask):
     """For each query, return the average of the values, weighted by how well their keys match.
 
     A Python dict returns the one value whose key equals the query. Attention is a dict in which
-    every key matches a little. The score of a query and a key is their dot product. `mask` is added
-    to the scores, where -1e10 hides a key. Softmax turns the scores of one query into weights.
+    every key matches a little. The score of a query and a key is their dot product, divided by the
+    root of d. Softmax turns the scores of one query into weights. Before that, `mask` is added to
+    the scores: 0 changes nothing, and -1e10 hides a key, because its weight becomes 0.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
     >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
@@ -128,11 +131,11 @@ def attention(q, k, v, mask):
     >>> attention(np.array([[1.0, 1.0]]), k, v, mask=np.array([[-1e10, 0.0]]))  # first key hidden
     array([[20.]])
 
-    The shapes are `q` `[..., n_q, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_q, n_k]`. A score is
-    a sum of d products of either sign, which partly cancel. So a typical score grows as the root of
-    d. Without dividing by that root, one value would often make up almost the whole average.
+    The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
+    product is a sum of d products of either sign, which partly cancel. So it typically grows as the
+    root of d. Without dividing by that root, one value would often be almost the whole average.
     """
-    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
+    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
 
 
@@ -141,9 +144,9 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 
     `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
     says what the row has to offer. The value is what goes to the rows whose query matches the key.
-    Each vector is cut into `n_head` pieces of d numbers. The first head does attention with the
-    first pieces, the second head with the second ones, and so on. So each head can look for
-    something different, and `c_proj` mixes what they found.
+    For example, the query of a verb may look for its subject, and then the key of a noun matches.
+    Each vector is cut into `n_head` pieces of d numbers, one for each head. So each head can look
+    for something different, and `c_proj` mixes what they found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
     keys and values of earlier tokens come first, and `mha` writes those of `x` after them. In every
@@ -155,9 +158,10 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     if kv is not None:
         kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
         k, v = kv  # [n_head, n_k, d] each
-    # `np.tri` makes a row for each query. Its third argument is n_past. A row has 1 for each key
-    # that the query may see (the key of its own token, and all before), then 0. `- 1` and `* 1e10`
-    # (OpenAI's factor) turn 1 into 0, and 0 into -1e10. Not infinity, because 0 * infinity is NaN.
+    # For three tokens, the mask is [[0, -1e10, -1e10], [0, 0, -1e10], [0, 0, 0]]: for each query, a
+    # row with 0 for the keys of its own token and of all before. `np.tri` has 1 where the mask has
+    # 0, and 0 elsewhere. Its third argument is n_past, because every past key may be seen. 1e10 is
+    # OpenAI's number. Infinity would not do, because 0 * infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)  # heads side by side
@@ -167,9 +171,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient (how `x` should change) goes back from the last block to the first. A sum passes
-    the gradient on unchanged. GPT-1 normalised `x` itself, so every block rescaled both `x` and
-    the gradient. Here, attention and `ffn` get a normalised copy, and `x` is only added to.
+    the gradient, which says how the loss changes with each number, is computed from the last block
+    back to the first. A sum passes it on unchanged. GPT-1 normalised `x` itself, so each block
+    rescaled the gradient, and after many blocks it could be far too large or small. Here, only the
+    copy that attention and `ffn` read is normalised.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -178,23 +183,25 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     """Return logits `[n_seq, n_vocab]`: row i says how well each token fits after inputs[: i + 1].
 
-    Each id picks its row of `wte` `[n_vocab, n_embd]`. Attention compares what two rows contain,
-    not where they are. So each token also gets the row of `wpe` `[n_ctx, n_embd]` for its position.
+    Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
+    `[n_ctx, n_embd]` for its position, because attention does not know the order: for the last
+    token, in one block, the same rows in another order would give the same average.
 
-    In the end, a row describes the next token. The logit of any token is the dot product of this
-    row and that token's row of `wte`. Large rows would make extreme logits, so `ln_f` first brings
-    all rows to one scale. `wte` may serve at both ends, because a token means the same at both.
+    The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
+    the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
+    to one scale. `wte` may serve at both ends, because a token means the same at both.
 
-    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block. This function
-    finds `n_past` by that shape. With a cache, only the last row of logits comes back,
-    `[1, n_vocab]`, because that row alone decides on the next token.
+    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block, and its shape
+    tells `n_past`. With a cache, only the last row of logits comes back, `[1, n_vocab]`, because it
+    alone decides on the next token. Without one, all rows come back, because training and the
+    probability of a text need every one.
     """
-    # Without a cache, no tokens were read before, all rows are wanted, and no block has a `kv`.
+    # Without a cache, nothing is past, all rows are wanted, and no block has a `kv`.
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # While JAX compiles, `inputs` is a placeholder without numbers. If `wte` is a NumPy array, the
-    # lookup `wte[inputs]` fails. JAX's `take` works. It takes no list, so `np.asarray` comes first.
+    # In NumPy, `wte[inputs]` would do. But while JAX compiles, `inputs` is a placeholder without
+    # numbers, by which no NumPy array can be indexed. JAX's `take` can do it, but takes no list.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -210,6 +217,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     First, only the `top_k` likeliest ids stay. Then their logits are divided by the temperature:
     below 1, likely ids become even likelier, and above 1, unlikely ids get more of a chance. Last,
     only the likeliest of these ids stay: the fewest whose probabilities add up to `top_p` or more.
+    The likeliest id always stays. `random` is a random generator of NumPy's.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -220,8 +228,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The random point may be
-    # 0, but is always below `totals[-1]`. So a part includes its start, not its end: hence `>`.
+    # `totals` cuts the line from 0 to its last number into a part for each id, as long as the id is
+    # likely. `argmax` finds the first True: the part that contains the random point.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -229,8 +237,8 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     """Yield the ids that follow `inputs`, one by one; by default until the context is full.
 
     `pick` gets the logits `[n_vocab]` and returns an id. The default, `np.argmax`, is greedy: it
-    takes the likeliest. The cache spares the model from reading a token twice. In 124M, a cache for
-    1,024 tokens takes 72 MiB: 12 blocks x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
+    takes the likeliest. The cache spares the model from reading a token twice. For 1,024 tokens in
+    124M, it takes 72 MiB: 12 blocks x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
 
     Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
     `wte`, if `n_tokens_to_generate` is below 0, or if prompt and new tokens exceed the context.
@@ -268,8 +276,8 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     Args:
         prompt: the text to continue; "" starts a new text; in a shell, - reads standard input
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
-        model_size: 124M, 355M, 774M or 1558M, or a folder in models_dir, such as the bundled 1M
-        models_dir: the folder of the models; OpenAI's are downloaded into it when first used
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir such as 1M, or another folder
+        models_dir: by default models, beside this program; OpenAI's models are downloaded into it
         temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
             makes unlikely tokens likelier; by default 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
@@ -284,11 +292,13 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    # In the texts that GPT-2 has learnt, the token <|endoftext|> stands between two of them. So it
+    # starts an empty prompt (`encoder.bos`), and it ends the text (`encoder.eos`).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
-    ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of the text, if it comes
+    ids = takewhile(lambda id: id not in encoder.eos, new)
     pieces = []
-    for piece in encoder.decode_stream(ids):
+    for piece in encoder.decode_stream(ids):  # A token may be only a part of a character.
         show(piece)
         pieces.append(piece)
     return "".join(pieces)
