@@ -61,10 +61,9 @@ class Encoder:
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
-        # The ids of special and of added tokens. An empty name cannot be found in a text.
-        names = {*special, *added, END_OF_TEXT} - {""}
-        self.special = {token: encoder[token] for token in names & encoder.keys()}
-        self.added = {*added}  # those of them that are found last
+        names = {*special, *added, END_OF_TEXT} - {""}  # An empty name cannot be found in a text.
+        self.special = {token: encoder[token] for token in names & encoder.keys()}  # both kinds
+        self.added = {*added}  # the kind that is found last
         self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
         self.eos = {*self.bos}
         self.cache = {}
@@ -91,6 +90,7 @@ class Encoder:
         found_last = names & self.added
         ids = []
         for piece in cut(text, names - found_last):
+            # A token that was found is not cut again, even if the name of another one is in it.
             parts = [piece] if piece in names else cut(piece, found_last)
             for part in parts:
                 ids += [self.special[part]] if part in names else self.encode_ordinary(part)
@@ -158,12 +158,15 @@ def get_encoder(model_name, models_dir):
 
     It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
     OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and `single_word` of added
-    tokens are ignored. Raises FileNotFoundError if a file is missing, and ValueError if one is
-    damaged, or has settings that would change the ids.
+    tokens are ignored. Raises FileNotFoundError if the merges are missing, and ValueError if there
+    is no tokenizer, or if it is damaged, or has settings that would change the ids.
     """
     folder = home(Path(models_dir, model_name))
     found = [folder / name for name in TOKENIZERS if (folder / name).exists()]
-    path = found[0] if found else folder / "tokenizer.json"
+    if not found:
+        kinds = "tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe"
+        raise UserError(f"{folder} has no tokenizer that is understood. It must have {kinds}.")
+    path = found[0]
     read = read_tokenizer_json if path.name == "tokenizer.json" else read_two_files
     added_ids = read_json(folder / "added_tokens.json", optional=True)
     named = read_named_tokens(folder)
@@ -178,8 +181,9 @@ def get_encoder(model_name, models_dir):
 def read_tokenizer_json(path, added_ids, named):
     """Return the vocabulary, the merges, the special and the added tokens of a `tokenizer.json`.
 
-    Settings that would give other ids in the library `tokenizers` are refused. All ids come from
-    this file. If it lacks a token in `added_ids` or in `named`, `check_vocabulary` raises.
+    Settings that would give other ids in the library `tokenizers` are refused. The tests compare
+    with its ids. All ids come from this file. If it lacks a token in `added_ids` or in `named`,
+    `check_vocabulary` raises.
     """
     content = read_json(path)
     model, pre_tokenizer = content["model"], content["pre_tokenizer"]
@@ -189,14 +193,16 @@ def read_tokenizer_json(path, added_ids, named):
     require(path, model, dropout=None, ignore_merges=False, byte_fallback=False)
     require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
     processor = content.get("post_processor") or {}
-    for step in processor.get("processors", [processor]):  # of a sequence, or the only one
+    steps = processor.get("processors", [processor])  # A sequence has several, others are one step.
+    for step in steps:
         where = f"{path}: post_processor {reprlib.repr(step.get('type'))}"
         # A template adds `special_tokens` to every text. Some other steps add `cls` and `sep`. A
         # sequence in a sequence is not supported.
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # `tokenizers` finds "normalized" tokens last. By default, a token is either this or "special".
+    # `tokenizers` finds "normalized" tokens last. If the file does not say which they are, they are
+    # those that are not "special".
     added = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
     special = (named | added_ids.keys() | ids.keys()) - added
     # Older files have each merge as one string.
@@ -213,7 +219,7 @@ def read_two_files(path, added_ids, named):
 
 
 def read_named_tokens(folder):
-    """Return the tokens that the settings beside a tokenizer name, such as its `pad_token`.
+    """Return the tokens that are named in the settings beside a tokenizer, such as a `pad_token`.
 
     Hugging Face's library finds these tokens in a text, even if the tokenizer itself does not.
     """
@@ -226,8 +232,8 @@ def read_named_tokens(folder):
             if field.endswith(("_token", "special_tokens", "added_tokens_decoder")):
                 values.append(value)
     tokens = set()
-    # A value is a string, a dict with the string as its content, or several of these. What a list
-    # or a dict holds is appended to `values`, and so it comes later in this loop.
+    # A value is a string, a dict with the string as its content, or a list or dict of these. What
+    # is in a list or a dict is appended to `values`, and so it comes later in this loop.
     for value in values:
         if isinstance(value, str):
             tokens.add(value)
@@ -253,7 +259,7 @@ def check_vocabulary(path, vocabulary, merges, names):
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")
-    # The rest are single bytes, and unused tokens such as <pad> and [PAD].
+    # The rest are single bytes, perhaps an empty token, and unused ones such as <pad> and [PAD].
     for token in vocabulary.keys() - merged - names:
         if not regex.fullmatch(r".?|<.+>|\[.+\]", token):
             raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")

@@ -1,17 +1,18 @@
 """GPT-2 in sixty lines of NumPy, to read beside the tutorial "GPT in 60 Lines of NumPy".
 
-GPT-2 continues a text. It reads the text as tokens, which are words, parts of words and
-punctuation: "Hello, world!" is "Hello", ",", " world" and "!". Every token in the vocabulary of the
-model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of ids, the model
-returns logits: scores that say how well each token of the vocabulary would fit next. `stream` picks
-a token by these scores, appends its id, and asks the model again. `generate` returns the new ids.
+GPT-2 continues a text. It reads the text as tokens, which are words or parts of words, with the
+space before them, or signs: "Hello, world!" is "Hello", ",", " world" and "!". Every token in the
+vocabulary of the model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of
+ids, the model returns logits: scores that say how well each token of the vocabulary would fit next.
+`stream` picks a token by these scores, appends its id, and asks the model again.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
-which runs through all blocks. Each block only adds to it, and "residual" is the name for what is
-added. At first, a row says which token it stands for and at which position. In each block,
-attention adds to each row what it finds in that row and in the rows before. Then a feed-forward
-network adds what it computes from each row alone. In the end, each row describes the token that
-comes after its own. The sizes, and their values in 124M, the smallest GPT-2, for 7 tokens:
+which runs through all blocks. A block only adds to it. What it adds is called a residual, because
+it is just the difference between the output of the block and its input. At first, a row says which
+token it stands for and at which position. In each block, attention adds to each row what it finds
+in that row and in the rows before. Then a feed-forward network adds what it computes from each row
+alone. In the end, each row describes the token that comes after its own. The sizes in 124M, the
+smallest GPT-2, when it reads 7 tokens:
 
     n_vocab  tokens in the vocabulary                                      50,257
     n_ctx    the context: the most tokens that a text can have             1,024
@@ -44,15 +45,14 @@ before. In 124M, with a prompt of 7 tokens:
     q, in each block                    [12, 7, 64]     [12, 1, 64]
     k and v, with those in the cache    [12, 7, 64]     [12, 8, 64]
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
-    hidden, in `ffn`                    [7, 3072]       [1, 3072]
     logits, after the last token only   [1, 50257]      [1, 50257]
 
-The sixty lines are the code before `main`. Each function in them needs only NumPy and the functions
-that it calls. They also run on JAX, if `import jax.numpy as np` takes the place of the line below.
-JAX is a library with NumPy's functions that can also compile a function, run it on a batch of
-inputs, and compute its gradient. It can do this with `gpt2` without a cache. With a cache it
-cannot, because `mha` writes into it, and JAX's arrays cannot be written into. So the cache is
-always an array of NumPy's.
+The sixty lines are the code before `main`. A function can be copied alone, with the functions that
+it calls. All run on JAX, if `import jax.numpy as np` takes the place of the line below. JAX is a
+library with NumPy's functions, which can also compile a function, run it on a batch of inputs, and
+compute its gradient. To do this, JAX calls the function once with placeholders for the numbers.
+`gpt2` without a cache allows that. With a cache it does not, because `mha` writes numbers into it.
+The cache is always NumPy's, because an array of JAX's cannot be written into at all.
 """
 
 import numpy as np
@@ -88,8 +88,7 @@ def layer_norm(x, g, b, eps=1e-5):
     """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, multiply by `g`, and add `b`.
 
     "Norm" means normalisation here, not the length of a vector. The next layer gets numbers of the
-    same scale, however large `x` has grown. Training has found the gain `g` and the bias `b`. `eps`
-    prevents a division by 0, and its value is that of OpenAI's code.
+    same scale, however large `x` has grown. `g` is the gain, `b` the bias. `eps` prevents x / 0.
 
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), g=np.ones(3), b=np.zeros(3)).round(3)
     array([[-1.225,  0.   ,  1.225]])
@@ -120,8 +119,8 @@ def attention(q, k, v, mask):
 
     A Python dict returns the one value whose key equals the query. Attention is a dict in which
     every key matches a little. The score of a query and a key is their dot product, divided by the
-    root of d. Softmax turns the scores of one query into weights. Before that, `mask` is added to
-    the scores: 0 changes nothing, and -1e10 hides a key, because its weight becomes 0.
+    root of d. `mask` is added to the scores: 0 changes nothing, and -1e10 hides a key, because its
+    weight becomes 0. Softmax turns the scores of one query into weights.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
     >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
@@ -132,8 +131,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
-    product is a sum of d products of either sign, which partly cancel. So it typically grows as the
-    root of d. Without dividing by that root, one value would often be almost the whole average.
+    product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
+    as far as the root of d. Without dividing by it, one key would often get almost all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -170,38 +169,39 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
-    A block replaces nothing, so later blocks can still use what earlier ones added. In training,
-    the gradient, which says how the loss changes with each number, is computed from the last block
-    back to the first. A sum passes it on unchanged. GPT-1 normalised `x` itself, so each block
-    rescaled the gradient, and after many blocks it could be far too large or small. Here, only the
-    copy that attention and `ffn` read is normalised.
+    A block replaces nothing, so later blocks can still use what earlier ones added. This also helps
+    training. It needs the gradient: how the loss, which is the error of the model, changes with
+    each number. The gradient is computed from the last block back to the first, and through the
+    sums, it reaches every block directly. GPT-1 normalised `x` itself, so each block rescaled the
+    gradient, and it could become too large or too small to learn from. Here, `x` stays as it is.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
-    """Return logits `[n_seq, n_vocab]`: row i says how well each token fits after inputs[: i + 1].
+    """Return logits `[n_seq, n_vocab]`, but with a cache only the last row of them, `[1, n_vocab]`.
+
+    Row i says how well each token of the vocabulary would fit after `inputs[: i + 1]`. Training and
+    the probability of a text need every row, but only the last one decides on the next token.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
-    `[n_ctx, n_embd]` for its position, because attention does not know the order: for the last
-    token, in one block, the same rows in another order would give the same average.
+    `[n_ctx, n_embd]` for its position, because an average does not know the order: if the earlier
+    tokens changed places, attention would find the same.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
-    to one scale. `wte` may serve at both ends, because a token means the same at both.
+    to one scale. The same `wte` serves to read a token and to score it, because either way, the row
+    of a token describes what it means.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block, and its shape
-    tells `n_past`. With a cache, only the last row of logits comes back, `[1, n_vocab]`, because it
-    alone decides on the next token. Without one, all rows come back, because training and the
-    probability of a text need every one.
+    tells `n_past`.
     """
-    # Without a cache, nothing is past, all rows are wanted, and no block has a `kv`.
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # In NumPy, `wte[inputs]` would do. But while JAX compiles, `inputs` is a placeholder without
-    # numbers, by which no NumPy array can be indexed. JAX's `take` can do it, but takes no list.
+    # `wte[inputs]` would do, but not while JAX compiles. Then `inputs` is a placeholder, `wte` may
+    # be NumPy's, and only JAX's `take` can combine the two. It takes no list, hence `np.asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -216,8 +216,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
 
     First, only the `top_k` likeliest ids stay. Then their logits are divided by the temperature:
     below 1, likely ids become even likelier, and above 1, unlikely ids get more of a chance. Last,
-    only the likeliest of these ids stay: the fewest whose probabilities add up to `top_p` or more.
-    The likeliest id always stays. `random` is a random generator of NumPy's.
+    only the likeliest of these ids stay: the fewest whose probabilities add up to `top_p` or more,
+    or one id if `top_p` is 0. `random` is a random generator of NumPy's.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -226,10 +226,10 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64: many small terms
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # to lose no small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to its last number into a part for each id, as long as the id is
-    # likely. `argmax` finds the first True: the part that contains the random point.
+    # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
+    # its probability. `argmax` finds the first True, which is the part with a random point in it.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -261,7 +261,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, pick=np.argmax):
-    """Return the list of ids that `stream` yields. The default `pick` is greedy. To sample:
+    """Return the list of ids that `stream` yields. To sample instead of being greedy:
 
     random = np.random.default_rng(1)
     generate(inputs, params, n_head, 20, lambda logits: sample(logits, random, temperature=0.8))
@@ -276,14 +276,14 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     Args:
         prompt: the text to continue; "" starts a new text; in a shell, - reads standard input
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
-        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir such as 1M, or another folder
+        model_size: 124M, 355M, 774M or 1558M, or a folder, such as the bundled 1M in models_dir
         models_dir: by default models, beside this program; OpenAI's models are downloaded into it
         temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
             makes unlikely tokens likelier; by default 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, whose probabilities add up to this number
         seed: a whole number; the same seed gives the same text again
-        show: in Python, called with each piece of text as it comes; the default, str, shows nothing
+        show: in Python, a function that gets each piece of text as it comes; str does nothing
     """
     from itertools import takewhile
 
@@ -292,13 +292,13 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    # In the texts that GPT-2 has learnt, the token <|endoftext|> stands between two of them. So it
-    # starts an empty prompt (`encoder.bos`), and it ends the text (`encoder.eos`).
+    # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So this
+    # token starts a text (`encoder.bos`, for an empty prompt) and ends it (`encoder.eos`).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)
     pieces = []
-    for piece in encoder.decode_stream(ids):  # A token may be only a part of a character.
+    for piece in encoder.decode_stream(ids):  # It waits if a token is a part of a character.
         show(piece)
         pieces.append(piece)
     return "".join(pieces)

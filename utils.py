@@ -23,11 +23,12 @@ import os
 import re
 import reprlib
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
-from encoder import TOKENIZERS, UserError, get_encoder, home, read_json, read_text, require
+from encoder import UserError, get_encoder, home, read_json, read_text, require
 
 MODELS = Path(__file__).resolve().parent / "models"
 SIZES = ("124M", "355M", "774M", "1558M")
@@ -114,7 +115,7 @@ def find_model(model_size, models_dir):
 def is_hugging_face(folder):
     """Whether a folder has a file of Hugging Face's layout, even if others are missing."""
     names = ("config.json", "tokenizer.json", "vocab.json", "model*.safetensors*")
-    return any(path for name in names for path in folder.glob(name))
+    return any(any(folder.glob(name)) for name in names)
 
 
 def check_folder(folder):
@@ -132,9 +133,6 @@ def check_folder(folder):
             f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})\n"
             f"tokenizer.save_pretrained({str(folder)!r})"
         )
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        kinds = "tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe"
-        raise UserError(f"{folder} has no tokenizer that is understood. It must have {kinds}.")
 
 
 def read_hparams(path, names, **defaults):
@@ -159,7 +157,7 @@ def load_hugging_face(folder):
     require(path, config, **FIXED)
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     table = read_safetensors(folder)
-    # `lm_head.weight` is a second name of `wte.weight`. Some files have both, and some one of them.
+    # `lm_head.weight` is a second name of `wte.weight`. A file may have one of them, or both.
     has_lm_head = "lm_head.weight" in table
     if has_lm_head:
         table.setdefault("wte.weight", table["lm_head.weight"])
@@ -178,7 +176,7 @@ def load_hugging_face(folder):
 def set_ends(encoder, folder, n_vocab):
     """Set the ids that start and end a text, if the model's configuration names some.
 
-    If both files have a value, the one in `generation_config.json` counts.
+    A field in `generation_config.json` replaces the same field in `config.json`.
     """
     config = read_json(folder / "config.json", optional=True)
     config |= read_json(folder / "generation_config.json", optional=True)
@@ -250,7 +248,7 @@ def map_file(path):
     """Return the bytes of a file as an array, mapped into memory."""
     try:
         return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are faster
-    except (OSError, ValueError):  # Some file systems cannot map files. An empty file has no map.
+    except (OSError, ValueError):  # Some file systems cannot map files, and none an empty one.
         return np.fromfile(path, np.uint8)
 
 
@@ -260,14 +258,14 @@ def map_file(path):
 def read_safetensors(folder):
     """Read the table of `model.safetensors`, or of the files that an index names."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if path.exists() or not index.exists():  # If both are missing, the error names the first.
-        return read_header(path)
+    if path.exists() or not index.exists():
+        return read_header(path)  # If both are missing, its error names the usual file.
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is damaged: it has no weight_map")
     table = {}
     for name in {*map(str, weight_map.values())}:
-        if name not in os.listdir(folder):  # It may not be a path to another folder.
+        if name not in os.listdir(folder):  # So it cannot lead to another folder.
             raise UserError(f"{index} is damaged: there is no file {reprlib.repr(name)}")
         table |= read_header(folder / name)
     return table
@@ -295,7 +293,7 @@ def read_header(path):
             table[name] = path, dtype, entry["shape"], numbers[begin:end]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
-    if sum(data.size for *_, data in table.values()) != numbers.size:
+    if sum(part.size for *_, part in table.values()) != numbers.size:
         raise UserError(f"{path} is damaged or cut off: its numbers do not fill the file")
     return table
 
@@ -327,10 +325,11 @@ def find_checkpoint(path):
 
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
-    latest = re.search(r'(?m)^model_checkpoint_path: "(?:.*[/\\])?(.+)"', read_text(path))
+    latest = re.search(r'(?m)^model_checkpoint_path: "(.+)"', read_text(path))
     if not latest:
         raise UserError(f"{path} names no checkpoint")
-    return path.parent / latest[1][:200]  # cut short, because a message may quote it
+    name = re.split(r"[/\\]", latest[1])[-1]
+    return path.parent / name[:200]  # cut short, because a message may quote it
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -339,7 +338,8 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     `tf_ckpt_path` is the path without `.index`. Raises ValueError for a damaged file, and for a
     tensor that is missing or not of the shape that `hparams` ask for.
     """
-    tensors, table = read_index(f"{tf_ckpt_path}.index"), {}
+    tensors = read_index(f"{tf_ckpt_path}.index")
+    table = {}
     for file in {tensor.file for tensor in tensors.values()}:
         path = f"{tf_ckpt_path}.{file}"
         data = map_file(path)
@@ -366,7 +366,8 @@ def read_index(path):
     try:
         # Not all names are UTF-8. In Latin-1, every byte is a character.
         entries = {key.decode("latin-1"): read_fields(value) for key, value in read_table(data)}
-        n_files = integer(entries.pop(""), 1)  # The entry without a name is about the whole table.
+        # The entry without a name has the number of data files in its field 1.
+        n_files = integer(entries.pop(""), 1)
         return {name: read_entry(entry, n_files) for name, entry in entries.items()}
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
@@ -384,7 +385,7 @@ def read_entry(fields, n_files):
     if dtype == 0 or file >= n_files:
         raise ValueError("a tensor has no type, or it is in a file that does not exist")
     if fields[7]:
-        dtype = "in partitions"  # `read_tensor` refuses it, as any type that it does not know.
+        dtype = "in partitions"  # `read_tensor` refuses it, like any type that it does not know.
     return Tensor(dtype, shape, f"data-{file:05}-of-{n_files:05}", start, size, checksum)
 
 
@@ -415,13 +416,14 @@ def read_block(data, start, size):
     are for searching, and their count. After the block come one byte, which is 0 if the block is
     not compressed, and 4 bytes, which are the checksum of the block and that byte.
     """
-    end = start + size + 1  # with the one byte after the block
-    block, checksum = data[start:end], data[end : end + 4]
-    if masked_crc32c(block) != int.from_bytes(checksum, "little"):
+    end = start + size
+    checksum = int.from_bytes(data[end + 1 : end + 5], "little")
+    if masked_crc32c(data[start : end + 1]) != checksum:
         raise ValueError("a checksum is wrong")
-    if block[-1] != 0:
+    if data[end] != 0:
         raise ValueError("a block is compressed")
-    n_restarts = int.from_bytes(block[-5:-1], "little")
+    block = data[start:end]
+    n_restarts = int.from_bytes(block[-4:], "little")
     end_of_entries = size - 4 - 4 * n_restarts
     stream, key = io.BytesIO(block), b""
     while stream.tell() < end_of_entries:
@@ -431,7 +433,7 @@ def read_block(data, start, size):
 
 
 def read_fields(message):
-    """Read a protocol buffer: the values of each field, by the number of the field.
+    """Return the values in a protocol buffer, as a list for each field number.
 
     A value is a number, or bytes. Before it come the number of its field and its wire type.
     """
@@ -460,7 +462,8 @@ def integer(fields, i):
 def read_varint(stream):
     """Read a number of variable length.
 
-    Each byte has 7 bits of it, the lowest first. The highest bit of a byte says that more follow.
+    Each byte has 7 bits of the number, the lowest bits first. If its highest bit is 1, another byte
+    follows.
 
     >>> read_varint(io.BytesIO(bytes([0b1_0101100, 0b0_0000010])))
     300
@@ -475,7 +478,7 @@ def read_varint(stream):
 
 
 def masked_crc32c(data):
-    """Return the checksum of some bytes as LevelDB stores it: rotated, and plus a constant."""
+    """Return the checksum of some bytes as LevelDB stores it: rotated, and with a constant."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
@@ -532,17 +535,17 @@ def fetch(url, path):
 
 
 def receive_all(url, part, min_size):
-    """Request a file until all of it is in `part`. Raises OSError if that does not succeed."""
-    for _ in range(MAX_REQUESTS):
-        if receive(url, part, min_size):
-            return
+    """Repeat a request until the whole file is in `part`. Raises OSError if that fails."""
+    if any(receive(url, part, min_size) for _ in range(MAX_REQUESTS)):
+        return
     raise OSError(f"{MAX_REQUESTS} answers ended too early. Run again to continue there.")
 
 
 def receive(url, part, min_size):
     """Request the rest of a file, and append it to `part`. Return whether the file is complete.
 
-    Raises OSError if it is no use to request it again.
+    A server may not tell the size of a file, but it has `min_size` bytes or more. Raises OSError if
+    another request would not help. In tests/test_download.py, a server has all of these faults.
     """
     import urllib3
     from tqdm import tqdm
@@ -563,7 +566,8 @@ def receive(url, part, min_size):
             start = 0
         file.seek(start)
         file.truncate()
-        size = max(min_size, start + (response.raw.length_remaining or 0))
+        n_bytes = response.raw.length_remaining or 0  # None if the server does not tell it
+        size = max(min_size, start + n_bytes)
         with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
             try:
                 while chunk := response.raw.read1(1 << 16):
@@ -616,17 +620,17 @@ def check_data(path, tensors):
 def command_line(main):
     """Run `main` with the words typed in a shell.
 
-    It prints what `main` returns. If `main` takes `show`, that prints the text piece by piece. A
-    mistake of the user ends in a message. So does an error of the system, such as a full disk, and
-    a lack of packages or of memory. Any other error is a bug, and keeps its traceback.
+    Prints the text that `main` returns. If `main` has a parameter `show`, it gets a function that
+    prints each piece of the text at once. An error that the user can correct ends in a message, and
+    so do errors of the system, a missing package, and a lack of memory. Any other error is a bug,
+    and keeps its traceback.
     """
     try:
         use_utf_8()
         arguments = read_arguments(main)
         text = main(**arguments)
-        if "show" in arguments:  # It has printed the text already, but not the end of the line.
-            text = ""
-        print(text, flush=True)
+        # `show` has printed the text already, but not the end of the line.
+        print("" if "show" in arguments else text, flush=True)
         return
     except ModuleNotFoundError as error:
         status = f"{error}: pip install -r requirements.txt"
@@ -634,13 +638,15 @@ def command_line(main):
         status = 141
     except KeyboardInterrupt:
         status = 130
-    except (MemoryError, OSError, UserError) as error:
-        status = str(error) or "There is not enough memory."
+    except MemoryError:
+        status = "There is not enough memory."
+    except (OSError, UserError) as error:
+        status = str(error)
     try:
         if status == 130:
             print()
         sys.stdout.flush()
-    except OSError:  # Nothing reads the rest. At exit, Python would try again and fail.
+    except OSError:  # Nothing takes the rest. At exit, Python would flush it again, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -648,7 +654,7 @@ def command_line(main):
 def use_utf_8():
     """Read and write UTF-8 if standard input and output are redirected, whatever the code page is.
 
-    PYTHONIOENCODING can name another encoding. A character that it lacks is written as "?".
+    PYTHONIOENCODING can name another encoding. Characters that it lacks are written as "?".
     """
     for stream in (sys.stdin, sys.stdout):
         if not isinstance(stream, io.TextIOWrapper):  # as in a notebook
@@ -660,34 +666,70 @@ def use_utf_8():
 
 
 def read_arguments(main):
-    """Return the arguments for `main`: a dict of strings. Prints help if that was asked for."""
+    """Return the arguments for `main`. With -h or --help, print the help and exit."""
     signature = shell_signature(main)
     if {"-h", "--help"} & {*sys.argv}:
         print_help(main, signature)
         sys.exit()
     parameters = signature.parameters.values()
     # A prompt that is left out comes from standard input. So Fire must not ask for it.
-    optional = [p.replace(default=None) if p.name == "prompt" else p for p in parameters]
-    arguments = parse_words(sys.argv[1:], signature.replace(parameters=optional))
+    parameters = [p.replace(default=None) if p.name == "prompt" else p for p in parameters]
+    arguments = parse_words(sys.argv[1:], signature.replace(parameters=parameters))
     if "prompt" in signature.parameters:
         arguments["prompt"] = read_prompt(arguments.get("prompt"))
     if "show" in inspect.signature(main).parameters:
-        arguments["show"] = functools.partial(print, end="", flush=True)
+        arguments["show"] = new_show()
     return arguments
+
+
+def new_show():
+    """Return a function that prints the pieces of a text, and finds the best number of threads.
+
+    OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
+    waits for the last part. If another program keeps one processor busy, every product waits. With
+    half of the threads, it does not. So two tokens are timed with all threads, and two with half of
+    them, and the faster number is kept. Every 50 tokens, this is done again.
+    """
+    import threadpoolctl
+
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    every = max((library["num_threads"] for library in blas.info()), default=1)
+    half = max(every // 2, 1)
+    times = []  # when the pieces came
+
+    def show(piece):
+        print(piece, end="", flush=True)
+        times.append(time.perf_counter())
+        step = len(times) % 50
+        if step == 1:
+            blas.limit(limits=every)
+        if step == 3:
+            blas.limit(limits=half)
+        if step == 5:
+            with_every, with_half = times[-3] - times[-5], times[-1] - times[-3]
+            blas.limit(limits=every if with_every < with_half else half)
+
+    is_set = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys()
+    return functools.partial(print, end="", flush=True) if is_set else show
 
 
 def print_help(main, signature):
     """Print the help that Fire makes from the docstring of `main` and from this signature."""
     import fire
 
-    command = functools.wraps(main)(lambda: None)
+    @functools.wraps(main)  # It has the name and the docstring of `main`.
+    def command(): ...
+
     command.__signature__ = signature
     trace = fire.trace.FireTrace(command, name=os.path.basename(sys.argv[0]))
     print(fire.helptext.HelpText(command, trace), flush=True)
 
 
 def parse_words(words, signature):
-    """Let Fire find the arguments of a function with this signature in the words of a shell."""
+    """Return the arguments that Fire finds in the words, for a function with this signature.
+
+    They are strings. What people type is in tests/test_command.py.
+    """
     import fire
 
     arguments = {}
@@ -697,10 +739,10 @@ def parse_words(words, signature):
 
     command.__signature__ = signature
     fire.decorators.SetParseFn(str)(command)  # Otherwise the prompt 42 would arrive as a number.
-    # A flag that switches something on needs a value for Fire, and the user types none.
+    # A flag that is off by default takes no value, but Fire would take the next word.
     switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in words]
-    # After the last --, words are for Fire itself. By default, Fire takes - as a separator, but
+    # After the last --, words are for Fire itself. By default, - separates two commands for it, but
     # here it is a prompt.
     words += ["--", "--separator=\0"]
     try:
@@ -717,15 +759,14 @@ def shell_signature(main):
     """Return the signature that `main` has in a shell.
 
     Only parameters without a default are positional. All others are flags, so that no word of a
-    prompt becomes the value of an option if the quotes are missing. Parameters of `main` that are
-    keyword-only are for Python.
+    prompt becomes the value of an option if the quotes are missing. Parameters that are
+    keyword-only in `main` are left out, because they are for Python.
     """
     signature = inspect.signature(main)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    for i, parameter in enumerate(parameters):
-        if parameter.default is not parameter.empty:
-            parameters[i] = parameter.replace(kind=parameter.KEYWORD_ONLY)
-    return signature.replace(parameters=parameters)
+    in_shell = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    positional = [p for p in in_shell if p.default is p.empty]
+    flags = [p.replace(kind=p.KEYWORD_ONLY) for p in in_shell if p.default is not p.empty]
+    return signature.replace(parameters=positional + flags)
 
 
 def read_prompt(prompt):
@@ -737,7 +778,8 @@ def read_prompt(prompt):
     try:
         if prompt == "-" or (is_missing and not sys.stdin.isatty()):
             prompt = sys.stdin.read().removesuffix("\n")
-        str(prompt).encode("utf-8")  # In a shell, an argument may have bytes that are not UTF-8.
+        # Python has a lone surrogate for each byte of an argument that is not UTF-8.
+        (prompt or "").encode("utf-8")
     except UnicodeError as error:
         raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
     if is_missing and not prompt:
@@ -746,7 +788,7 @@ def read_prompt(prompt):
     prompt = prompt.removeprefix("\ufeff").removesuffix("\r")
     prompt = re.sub("\r\n?", "\n", prompt)
     if prompt.endswith(" "):
-        advice = "The prompt ends in a space. Leave it out, because GPT-2's words begin with one."
+        advice = "The prompt ends in a space. Omit the space: GPT-2's words begin with one."
         print(advice, file=sys.stderr)
     return prompt
 
@@ -771,7 +813,7 @@ def encode_prompt(prompt, encoder, hparams, n_new):
 
 
 def number(name, value, kind, least, most=np.inf):
-    """Read an option, which may be text, as a `kind` of number.
+    """Read an option, which may be text, as an int or a float, which is its `kind`.
 
     Raises UserError, with the limits, for anything else and for what is out of range.
     """

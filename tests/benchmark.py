@@ -4,6 +4,8 @@
 
 Decoding is greedy, in float32, with one prompt at a time. Every token needs every weight once. So
 the limit is the read speed of the memory, measured in the same run, divided by the weights' size.
+Run it on a quiet machine. Only the last row is measured beside a program that keeps one processor
+busy, which the benchmark starts itself.
 """
 
 import collections
@@ -80,10 +82,17 @@ def table(model_size, models_dir, rounds):
         cells = [f"{median(seen[figure, name]):.3g}" for name in names]
         lines.append(f"| {' | '.join([figure, *cells, f'{median(shares):.2f}' * bool(n_steps)])} |")
     lines += ["", f"- the limit: {median(limits):.3g} tokens/s"]
-    for what, words in {"load": ("-c", LOAD), "whole command": ("gpt2.py", "x", 40)}.items():
-        runs = [command(*words, model_size, models_dir) for _ in range(rounds)]
+    options = ["--model_size", model_size, "--models_dir", models_dir]
+    commands = {"load": ["-c", LOAD, model_size, models_dir]}
+    commands["the command, for 40 tokens"] = ["gpt2.py", "x", *options]
+    for what, words in commands.items():
+        runs = [command(*words) for _ in range(rounds)]
         seconds, peak = map(median, zip(*runs, strict=True))
         lines.append(f"- {what}: {seconds:.2f} s, peak memory {peak:.0f} MB")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        seconds = median(command("gpt2.py", "x", *options)[0] for _ in range(rounds))
+        busy.kill()
+    lines.append(f"- the same, beside a program that keeps one processor busy: {seconds:.2f} s")
     packages = [name for name in ("numpy", "torch", "transformers") if util.find_spec(name)]
     versions = [f"{name} {metadata.version(name)}" for name in packages]
     versions += [f"Python {platform.python_version()}", f"{os.cpu_count()} processors"]

@@ -1,8 +1,13 @@
 """What the tests share: the bundled model, the command, and a small vocabulary."""
 
+import os
+
+# The models of the tests are so small that more threads only cost. NumPy reads this when it is
+# imported, and so do the processes that the tests start.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +48,7 @@ def run(*args, code=("gpt2.py",), command=None, stdin=b"", cwd=ROOT, **env):
     """Run `python gpt2.py` with these arguments, without any setting of Python by the caller."""
     words = [word if isinstance(word, bytes) else str(word) for word in (*code, *args)]
     env = {k: v for k, v in os.environ.items() if k[:6] != "PYTHON" or k == "PYTHONPATH"} | env
+    env = {name: value for name, value in env.items() if value is not None}
     pipes = {"input": stdin, "capture_output": True, "cwd": cwd, "timeout": 60}
     result = subprocess.run(command or [sys.executable, *words], env=env, **pipes)
     texts = (pipe.decode("utf-8", "replace") for pipe in (result.stdout, result.stderr))

@@ -112,6 +112,26 @@ def test_a_dash_or_no_prompt_reads_standard_input(line):
     assert main("JULIET:") != main("JULIET:\n") != main("")
 
 
+THREADS = """import itertools, time, threadpoolctl, utils
+clock = itertools.accumulate({})
+time.perf_counter = lambda: next(clock)
+show = utils.new_show()
+for _ in range(5):
+    show("")
+print(*{{library["num_threads"] for library in threadpoolctl.threadpool_info()}})"""
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two processors")
+def test_the_command_uses_half_of_the_threads_if_that_is_faster():
+    def threads(*seconds, **settings):
+        code = THREADS.format([0, *seconds])
+        return int(run(code=("-c", code), **{"OPENBLAS_NUM_THREADS": None} | settings).out)
+
+    every = threads(1, 1, 9, 9)  # seconds for two tokens with all threads, and for two with half
+    assert every > 1 and threads(9, 1, 1, 1) == every // 2
+    assert threads(9, 1, 1, 1, OMP_NUM_THREADS="2") == 2  # what the user sets stays
+
+
 def test_a_seed_repeats_a_text(typed):
     def text(*options):
         return typed("JULIET:", *TINY, *options)
