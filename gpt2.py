@@ -1,25 +1,25 @@
 """GPT-2 in sixty lines of NumPy, to read beside the tutorial "GPT in 60 Lines of NumPy".
 
-GPT-2 continues a text. It reads the text as tokens, which are words or parts of words, with the
-space before them, or signs: "Hello, world!" is "Hello", ",", " world" and "!". Every token in the
-vocabulary of the model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list of
-ids, the model returns logits: scores that say how well each token of the vocabulary would fit next.
-`stream` picks a token by these scores, appends its id, and asks the model again.
+GPT-2 continues a text. It reads the text as tokens: words, parts of words and punctuation marks,
+often with the space before them. "Hello, world!" is "Hello", ",", " world" and "!". A rare sign may
+be several tokens. Every token in the vocabulary of the model has a number, its id. Here the ids are
+15496, 11, 995 and 0. For a list of ids, the model returns logits: scores that say how well each
+token would fit next. `stream` picks a token by these scores, appends its id, and asks again.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
 which runs through all blocks. A block only adds to it. What it adds is called a residual, because
 it is just the difference between the output of the block and its input. At first, a row says which
 token it stands for and at which position. In each block, attention adds to each row what it finds
 in that row and in the rows before. Then a feed-forward network adds what it computes from each row
-alone. In the end, each row describes the token that comes after its own. The sizes in 124M, the
-smallest GPT-2, when it reads 7 tokens:
+alone. In the end, each row describes the token that the model expects after its own. The sizes in
+124M, the smallest GPT-2, when it reads 7 tokens:
 
     n_vocab  tokens in the vocabulary                                      50,257
     n_ctx    the context: the most tokens that a text can have             1,024
     n_embd   numbers in the row of a token                                 768
     n_layer  blocks                                                        12
     n_head   attention heads in each block                                 12
-    d        numbers in a head's query, key and value: n_embd / n_head     64
+    d        numbers in a head's query, key and value (see `mha`)          64, n_embd / n_head
     n_seq    tokens that this call of `gpt2` reads, its `inputs`           7
     n_past   tokens whose keys and values the cache had before this call   0
     n_k      keys that a query can be compared with: n_past + n_seq        7
@@ -42,17 +42,17 @@ before. In 124M, with a prompt of 7 tokens:
                                         step 1          step 2
     inputs                              7 ids           1 id
     x, the residual stream              [7, 768]        [1, 768]
-    q, in each block                    [12, 7, 64]     [12, 1, 64]
+    q, in one block, for 12 heads       [12, 7, 64]     [12, 1, 64]
     k and v, with those in the cache    [12, 7, 64]     [12, 8, 64]
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
     logits, after the last token only   [1, 50257]      [1, 50257]
 
-The sixty lines are the code before `main`. A function can be copied alone, with the functions that
-it calls. All run on JAX, if `import jax.numpy as np` takes the place of the line below. JAX is a
-library with NumPy's functions, which can also compile a function, run it on a batch of inputs, and
-compute its gradient. To do this, JAX calls the function once with placeholders for the numbers.
-`gpt2` without a cache allows that. With a cache it does not, because `mha` writes numbers into it.
-The cache is always NumPy's, because an array of JAX's cannot be written into at all.
+The sixty lines are the code before `main`, without comments. They run on JAX, if
+`import jax.numpy as np` takes the place of the line below. JAX is a library with NumPy's functions,
+which can also compile a function, run it on a batch of inputs, and compute its gradient. To do so,
+it calls the function with placeholders in place of the arrays. `gpt2` without a cache allows that.
+With a cache it does not, because `mha` cannot write placeholders into it. The cache is NumPy's,
+because JAX's own arrays cannot be written into.
 """
 
 import numpy as np
@@ -132,7 +132,7 @@ def attention(q, k, v, mask):
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
     product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Without dividing by it, one key would often get almost all the weight.
+    as far as the root of d. Without dividing by it, `exp` would give one key almost all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -143,13 +143,14 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 
     `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
     says what the row has to offer. The value is what goes to the rows whose query matches the key.
-    For example, the query of a verb may look for its subject, and then the key of a noun matches.
-    Each vector is cut into `n_head` pieces of d numbers, one for each head. So each head can look
-    for something different, and `c_proj` mixes what they found.
+    For example, the query of a verb may look for its subject. Then the key of a noun before it may
+    match, and the noun's value goes to the verb. Each vector is cut into `n_head` pieces of d
+    numbers, the query, key and value of each head. So each head can look for something different.
+    `c_proj` mixes what they found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
-    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. In every
-    block, the mask hides later tokens from a row. So no new token changes earlier keys and values.
+    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. A new
+    token changes no earlier ones: they are made from rows, from which the mask hides later tokens.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -159,8 +160,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
         k, v = kv  # [n_head, n_k, d] each
     # For three tokens, the mask is [[0, -1e10, -1e10], [0, 0, -1e10], [0, 0, 0]]: for each query, a
     # row with 0 for the keys of its own token and of all before. `np.tri` has 1 where the mask has
-    # 0, and 0 elsewhere. Its third argument is n_past, because every past key may be seen. 1e10 is
-    # OpenAI's number. Infinity would not do, because 0 * infinity is NaN.
+    # 0, and 0 elsewhere. Its third argument moves the ones n_past columns to the right, because all
+    # past keys may be seen: for one new token after 7, the mask is eight zeros.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)  # heads side by side
@@ -170,10 +171,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     A block replaces nothing, so later blocks can still use what earlier ones added. This also helps
-    training. It needs the gradient: how the loss, which is the error of the model, changes with
-    each number. The gradient is computed from the last block back to the first, and through the
-    sums, it reaches every block directly. GPT-1 normalised `x` itself, so each block rescaled the
-    gradient, and it could become too large or too small to learn from. Here, `x` stays as it is.
+    training, which needs the gradient: how the loss, the error of the model, changes with each
+    number. It is computed from the last block back to the first, and the sums pass it on unchanged.
+    GPT-1 normalised `x` itself. So each block multiplied the gradient by a factor, and it could
+    become too large or too small to learn from. Here, only copies are normalised.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -186,22 +187,21 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     the probability of a text need every row, but only the last one decides on the next token.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
-    `[n_ctx, n_embd]` for its position, because an average does not know the order: if the earlier
-    tokens changed places, attention would find the same.
+    `[n_ctx, n_embd]` for its position. Otherwise, attention in the first block would find the same
+    for the earlier tokens in any order, because it takes an average.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
-    to one scale. The same `wte` serves to read a token and to score it, because either way, the row
-    of a token describes what it means.
+    to one scale. The same `wte` serves to read a token and to score it, because both need a row
+    that describes the token: a dot product is large if both rows describe the same.
 
-    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block, and its shape
-    tells `n_past`.
+    A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
     # `wte[inputs]` would do, but not while JAX compiles. Then `inputs` is a placeholder, `wte` may
-    # be NumPy's, and only JAX's `take` can combine the two. It takes no list, hence `np.asarray`.
+    # be NumPy's, and only JAX's `take` can combine the two. It needs an array, hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -292,13 +292,13 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So this
-    # token starts a text (`encoder.bos`, for an empty prompt) and ends it (`encoder.eos`).
+    # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
+    # begins a text (it is in `bos`, which replaces an empty prompt), and ends one (it is in `eos`).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)
     pieces = []
-    for piece in encoder.decode_stream(ids):  # It waits if a token is a part of a character.
+    for piece in encoder.decode_stream(ids):  # It waits for all tokens of a rare sign.
         show(piece)
         pieces.append(piece)
     return "".join(pieces)

@@ -275,9 +275,3 @@ def test_a_text_that_nobody_takes_ends_quietly_with_a_status(what, where):
     result = shell(f"gpt2 {what} {where}")
     full = "[Errno 28] No space left on device\n"
     assert (result.returncode, result.err) == ((1, full) if "full" in where else (141, ""))
-
-
-def test_the_first_sh_block_of_the_readme_prints_verse():
-    block = (ROOT / "README.md").read_text("utf-8").split("```sh\n")[1].split("```")[0]
-    _, *arguments = shlex.split(block.splitlines()[-1])
-    assert "\nIt is the east, and Juliet is the sun.\n" in run(code=arguments).out
