@@ -193,7 +193,8 @@ def read_tokenizer_json(path, added_ids, named):
     require(path, model, dropout=None, ignore_merges=False, byte_fallback=False)
     require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
     processor = content.get("post_processor") or {}
-    steps = processor.get("processors", [processor])  # A sequence has several, others are one step.
+    # A sequence has a list of steps. Any other processor is a single step.
+    steps = processor.get("processors", [processor])
     for step in steps:
         where = f"{path}: post_processor {reprlib.repr(step.get('type'))}"
         # A template adds `special_tokens` to every text. Some other steps add `cls` and `sep`. A
@@ -201,9 +202,10 @@ def read_tokenizer_json(path, added_ids, named):
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # `tokenizers` finds "normalized" tokens last. If the file does not say which they are, they are
-    # those that are not "special".
+    # `tokenizers` finds "normalized" tokens last. An entry without this field counts as normalized
+    # if it is not "special".
     added = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
+    # The names in `added_ids` are here, so that `check_vocabulary` finds out if one has no id.
     special = (named | added_ids.keys() | ids.keys()) - added
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -237,8 +239,10 @@ def read_named_tokens(folder):
     for value in values:
         if isinstance(value, str):
             tokens.add(value)
+        elif isinstance(value, dict) and "content" in value:
+            values.append(value["content"])
         elif isinstance(value, dict):
-            values += [value["content"]] if "content" in value else value.values()
+            values += value.values()
         elif isinstance(value, list):
             values += value
     return tokens
@@ -268,13 +272,13 @@ def check_vocabulary(path, vocabulary, merges, names):
 # --- Reading files ---
 
 
-def require(path, settings, **wanted):
+def require(where, settings, **wanted):
     """Raise UserError if a setting is there and is not as wanted."""
     for name, value in wanted.items():
         found = settings.get(name, value)
         both_are_off = not found and not value  # For False, a file may have null or "".
         if found != value and not both_are_off:
-            raise UserError(f"{path}: {name} must be {value!r}, not {reprlib.repr(found)}")
+            raise UserError(f"{where}: {name} must be {value!r}, not {reprlib.repr(found)}")
 
 
 def read_json(path, optional=False):

@@ -1,10 +1,10 @@
 """GPT-2 in sixty lines of NumPy, to read beside the tutorial "GPT in 60 Lines of NumPy".
 
 GPT-2 continues a text. It reads the text as tokens: words, parts of words and punctuation marks,
-often with the space before them. "Hello, world!" is "Hello", ",", " world" and "!". A rare sign may
-be several tokens. Every token in the vocabulary of the model has a number, its id. Here the ids are
-15496, 11, 995 and 0. For a list of ids, the model returns logits: scores that say how well each
-token would fit next. `stream` picks a token by these scores, appends its id, and asks again.
+often with the space before them. "Hello, world!" is "Hello", ",", " world" and "!". Every token in
+the vocabulary of the model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list
+of ids, the model returns logits: scores that say how well each token of the vocabulary would fit
+next. `stream` picks a token by these scores, appends its id, and asks the model again.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
 which runs through all blocks. A block only adds to it. What it adds is called a residual, because
@@ -117,8 +117,8 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """For each query, return the average of the values, weighted by how well their keys match.
 
-    A Python dict returns the one value whose key equals the query. Attention is a dict in which
-    every key matches a little. The score of a query and a key is their dot product, divided by the
+    A Python dict returns the one value whose key equals the query. Attention is like a dict in which
+    each key can match more or less. The score of a query and a key is their dot product, divided by the
     root of d. `mask` is added to the scores: 0 changes nothing, and -1e10 hides a key, because its
     weight becomes 0. Softmax turns the scores of one query into weights.
 
@@ -150,7 +150,7 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
     keys and values of earlier tokens come first, and `mha` writes those of `x` after them. A new
-    token changes no earlier ones: they are made from rows, from which the mask hides later tokens.
+    token does not change earlier ones, because the mask hides it from the rows that they come from.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -160,8 +160,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
         k, v = kv  # [n_head, n_k, d] each
     # For three tokens, the mask is [[0, -1e10, -1e10], [0, 0, -1e10], [0, 0, 0]]: for each query, a
     # row with 0 for the keys of its own token and of all before. `np.tri` has 1 where the mask has
-    # 0, and 0 elsewhere. Its third argument moves the ones n_past columns to the right, because all
-    # past keys may be seen: for one new token after 7, the mask is eight zeros.
+    # 0, and 0 elsewhere. Its third argument, n_past, puts as many more ones into each row, because
+    # all past keys may be seen: for one new token after 7, the mask is eight zeros.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)  # heads side by side
@@ -172,9 +172,9 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
 
     A block replaces nothing, so later blocks can still use what earlier ones added. This also helps
     training, which needs the gradient: how the loss, the error of the model, changes with each
-    number. It is computed from the last block back to the first, and the sums pass it on unchanged.
-    GPT-1 normalised `x` itself. So each block multiplied the gradient by a factor, and it could
-    become too large or too small to learn from. Here, only copies are normalised.
+    number. It is computed from the last block back to the first. The additions below pass it on
+    unchanged. GPT-1 normalised the sums. Dividing a sum by a number also divides its gradient by
+    the number, and after many blocks it could be too large or too small to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -187,21 +187,21 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     the probability of a text need every row, but only the last one decides on the next token.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
-    `[n_ctx, n_embd]` for its position. Otherwise, attention in the first block would find the same
-    for the earlier tokens in any order, because it takes an average.
+    `[n_ctx, n_embd]` for its position. Otherwise, a row would get the same from attention in the
+    first block if the tokens before it were shuffled, because an average has no order.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
-    to one scale. The same `wte` serves to read a token and to score it, because both need a row
-    that describes the token: a dot product is large if both rows describe the same.
+    to one scale. The same `wte` serves to read tokens and to score them, because a dot product is
+    large if two rows describe the same token.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # `wte[inputs]` would do, but not while JAX compiles. Then `inputs` is a placeholder, `wte` may
-    # be NumPy's, and only JAX's `take` can combine the two. It needs an array, hence `asarray`.
+    # While JAX compiles, `inputs` is a placeholder, and `wte` may be a NumPy array, which it cannot
+    # index as `wte[inputs]`. JAX's `take` works then, but it accepts no list: hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -226,7 +226,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # to lose no small terms
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64 for small ones
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
     # its probability. `argmax` finds the first True, which is the part with a random point in it.
@@ -276,14 +276,14 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     Args:
         prompt: the text to continue; "" starts a new text; in a shell, - reads standard input
         n_tokens_to_generate: the number of tokens to add; a token has about four letters
-        model_size: 124M, 355M, 774M or 1558M, or a folder, such as the bundled 1M in models_dir
-        models_dir: by default models, beside this program; OpenAI's models are downloaded into it
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir such as 1M, or another folder
+        models_dir: by default, the folder models beside this program; downloads go into it
         temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
             makes unlikely tokens likelier; by default 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, whose probabilities add up to this number
         seed: a whole number; the same seed gives the same text again
-        show: in Python, a function that gets each piece of text as it comes; str does nothing
+        show: in Python, a function that is called with each piece of text as it comes
     """
     from itertools import takewhile
 
@@ -293,12 +293,12 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
-    # begins a text (it is in `bos`, which replaces an empty prompt), and ends one (it is in `eos`).
+    # begins a text (`encoder.bos`, used for an empty prompt) and ends one (`encoder.eos`).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)
     pieces = []
-    for piece in encoder.decode_stream(ids):  # It waits for all tokens of a rare sign.
+    for piece in encoder.decode_stream(ids):  # An emoji is several tokens: it waits.
         show(piece)
         pieces.append(piece)
     return "".join(pieces)

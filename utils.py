@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import reprlib
@@ -40,7 +41,7 @@ SHA256 = {  # of the tokenizer, which is the same for all sizes
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-MAX_REQUESTS = 20  # for each file; if the connection breaks, the next one asks for the rest
+MAX_REQUESTS = 20  # for each file; if the connection breaks, the next request is for the rest
 BUNDLED = "The bundled model, 1M, needs no network."
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
@@ -53,7 +54,8 @@ HPARAMS = {
 # Hugging Face's defaults for them.
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 # Settings that change what a model computes, each with the only value that `gpt2` supports. None
-# means that it must not be set. The last two are other names for n_head and n_layer.
+# means that it must not be set. The last two are other names for n_head and n_layer, which are not
+# read here. (With another n_embd or n_positions, the shapes would not fit.)
 FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
@@ -98,7 +100,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 def find_model(model_size, models_dir):
     """Return the folder of a model. A published size that is missing is downloaded first."""
     models = MODELS if models_dir is None else home(models_dir)
-    names = {path.parent.name for path in models.glob("*/*")}  # of folders that are not empty
+    names = {path.parent.name for path in models.glob("*/*")}  # An empty folder is not a model.
     if model_size in names.union(SIZES):
         folder = models / model_size
     elif model_size and home(model_size).is_dir():
@@ -169,7 +171,7 @@ def load_hugging_face(folder):
     if has_lm_head:
         lm_head = read_tensor(table, "lm_head.weight", *params["wte"].shape)
         if not np.array_equal(lm_head, params["wte"]):
-            raise UserError(f"{folder}: lm_head.weight is not wte.weight, but in GPT-2 it is")
+            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it would be in GPT-2")
     return hparams, params
 
 
@@ -204,17 +206,24 @@ def build_params(hparams, leaf):
         return {"w": leaf(f"{name}/w", n_in, n_out), "b": leaf(f"{name}/b", n_out)}
 
     def attn(name):
-        c_attn = linear(f"{name}/c_attn", n_embd, 3 * n_embd)
-        return {"c_attn": c_attn, "c_proj": linear(f"{name}/c_proj", n_embd, n_embd)}
+        return {
+            "c_attn": linear(f"{name}/c_attn", n_embd, 3 * n_embd),
+            "c_proj": linear(f"{name}/c_proj", n_embd, n_embd),
+        }
 
     def mlp(name):
-        c_fc = linear(f"{name}/c_fc", n_embd, 4 * n_embd)
-        return {"c_fc": c_fc, "c_proj": linear(f"{name}/c_proj", 4 * n_embd, n_embd)}
+        return {
+            "c_fc": linear(f"{name}/c_fc", n_embd, 4 * n_embd),
+            "c_proj": linear(f"{name}/c_proj", 4 * n_embd, n_embd),
+        }
 
     def block(name):
-        ln_1, attention = norm(f"{name}/ln_1"), attn(f"{name}/attn")
-        ln_2, feed_forward = norm(f"{name}/ln_2"), mlp(f"{name}/mlp")
-        return {"ln_1": ln_1, "attn": attention, "ln_2": ln_2, "mlp": feed_forward}
+        return {
+            "ln_1": norm(f"{name}/ln_1"),
+            "attn": attn(f"{name}/attn"),
+            "ln_2": norm(f"{name}/ln_2"),
+            "mlp": mlp(f"{name}/mlp"),
+        }
 
     wte, wpe = leaf("wte", hparams["n_vocab"], n_embd), leaf("wpe", hparams["n_ctx"], n_embd)
     blocks = [block(f"h{i}") for i in range(hparams["n_layer"])]
@@ -234,10 +243,10 @@ def read_tensor(table, name, *shape):
     if dtype not in DTYPES or stored_shape not in ([*shape], [1, *shape]):
         what = f"{name} is {dtype} {reprlib.repr(stored_shape)}"
         raise UserError(f"{path}: {what}, not float32, float16 or bfloat16 {[*shape]}")
-    if data.size != np.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+    if data.size != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise UserError(f"{path} is damaged or cut off: {name} is not complete")
     array = data.view(DTYPES[dtype]).reshape(shape)
-    if array.dtype == np.uint16:  # bfloat16, which is the upper half of a float32
+    if DTYPES[dtype] == "<u2":  # bfloat16, which is the upper half of a float32
         array = (array.astype("<u4") << 16).view("<f4")
     array = np.require(array, np.float32, ["ALIGNED"])
     array.flags.writeable = False
@@ -248,7 +257,7 @@ def map_file(path):
     """Return the bytes of a file as an array, mapped into memory."""
     try:
         return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are faster
-    except (OSError, ValueError):  # Some file systems cannot map files, and none an empty one.
+    except (OSError, ValueError):  # Some drives cannot map files. An empty file cannot be mapped.
         return np.fromfile(path, np.uint8)
 
 
@@ -259,7 +268,7 @@ def read_safetensors(folder):
     """Read the table of `model.safetensors`, or of the files that an index names."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if path.exists() or not index.exists():
-        return read_header(path)  # If both are missing, its error names the usual file.
+        return read_header(path)  # If both are missing, the error is about model.safetensors.
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is damaged: it has no weight_map")
@@ -294,7 +303,7 @@ def read_header(path):
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
     if sum(part.size for *_, part in table.values()) != numbers.size:
-        raise UserError(f"{path} is damaged or cut off: its numbers do not fill the file")
+        raise UserError(f"{path} is damaged or cut off: its numbers do not end where it ends")
     return table
 
 
@@ -317,6 +326,7 @@ def huggingface_name(name):
 # protobuf.dev, Encoding. Their fields are in tensorflow/core/protobuf/tensor_bundle.proto.
 
 MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a table
+# `file` is the end of the name of a data file.
 Tensor = collections.namedtuple("Tensor", "dtype shape file start size checksum")
 
 
@@ -379,14 +389,14 @@ def read_entry(fields, n_files):
     Its fields are 1 type, 2 shape, 3 number of the file, 4 first byte, 5 size in bytes, 6 checksum,
     and 7 partitions. A shape has a message for each axis in its field 2, with the size in field 1.
     """
-    dtype, file, start, size, checksum = (integer(fields, i) for i in (1, 3, 4, 5, 6))
+    dtype, n_file, start, size, checksum = (integer(fields, i) for i in (1, 3, 4, 5, 6))
     axes = read_fields(fields[2][0])[2]
     shape = [integer(read_fields(axis), 1) for axis in axes]
-    if dtype == 0 or file >= n_files:
+    if dtype == 0 or n_file >= n_files:
         raise ValueError("a tensor has no type, or it is in a file that does not exist")
     if fields[7]:
         dtype = "in partitions"  # `read_tensor` refuses it, like any type that it does not know.
-    return Tensor(dtype, shape, f"data-{file:05}-of-{n_files:05}", start, size, checksum)
+    return Tensor(dtype, shape, f"data-{n_file:05}-of-{n_files:05}", start, size, checksum)
 
 
 def read_table(data):
@@ -536,16 +546,18 @@ def fetch(url, path):
 
 def receive_all(url, part, min_size):
     """Repeat a request until the whole file is in `part`. Raises OSError if that fails."""
-    if any(receive(url, part, min_size) for _ in range(MAX_REQUESTS)):
-        return
+    for _ in range(MAX_REQUESTS):
+        if receive(url, part, min_size):
+            return
     raise OSError(f"{MAX_REQUESTS} answers ended too early. Run again to continue there.")
 
 
 def receive(url, part, min_size):
     """Request the rest of a file, and append it to `part`. Return whether the file is complete.
 
-    A server may not tell the size of a file, but it has `min_size` bytes or more. Raises OSError if
-    another request would not help. In tests/test_download.py, a server has all of these faults.
+    The file has at least `min_size` bytes. (The server may not say how many.) Raises OSError if
+    another request would not help. The comments say what a server may do, and the server in
+    tests/test_download.py does all of it.
     """
     import urllib3
     from tqdm import tqdm
@@ -566,7 +578,7 @@ def receive(url, part, min_size):
             start = 0
         file.seek(start)
         file.truncate()
-        n_bytes = response.raw.length_remaining or 0  # None if the server does not tell it
+        n_bytes = response.raw.length_remaining or 0  # None if the server does not say it
         size = max(min_size, start + n_bytes)
         with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
             try:
@@ -646,7 +658,7 @@ def command_line(main):
         if status == 130:
             print()
         sys.stdout.flush()
-    except OSError:  # Nothing takes the rest. At exit, Python would flush it again, and fail.
+    except OSError:  # The pipe is closed. At exit, Python would flush again and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -677,7 +689,7 @@ def read_arguments(main):
     arguments = parse_words(sys.argv[1:], signature.replace(parameters=parameters))
     if "prompt" in signature.parameters:
         arguments["prompt"] = read_prompt(arguments.get("prompt"))
-    if "show" in inspect.signature(main).parameters:
+    if "show" in inspect.signature(main).parameters:  # It is not in the shell's signature.
         arguments["show"] = new_show()
     return arguments
 
@@ -687,14 +699,17 @@ def new_show():
 
     OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
     waits for the last part. If another program keeps one processor busy, every product waits. With
-    half of the threads, it does not. So two tokens are timed with all threads, and two with half of
-    them, and the faster number is kept. Every 50 tokens, this is done again.
+    half of the threads, no product waits. So two tokens are timed with all threads, and two with
+    half of them, and the faster number is kept. Every 50 tokens, this is done again. A number that
+    the user has set in the environment is kept.
     """
+    if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
+        return functools.partial(print, end="", flush=True)
     import threadpoolctl
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-    every = max((library["num_threads"] for library in blas.info()), default=1)
-    half = max(every // 2, 1)
+    all_threads = max((library["num_threads"] for library in blas.info()), default=1)
+    half = max(all_threads // 2, 1)
     times = []  # when the pieces came
 
     def show(piece):
@@ -702,15 +717,14 @@ def new_show():
         times.append(time.perf_counter())
         step = len(times) % 50
         if step == 1:
-            blas.limit(limits=every)
+            blas.limit(limits=all_threads)
         if step == 3:
             blas.limit(limits=half)
         if step == 5:
-            with_every, with_half = times[-3] - times[-5], times[-1] - times[-3]
-            blas.limit(limits=every if with_every < with_half else half)
+            time_with_all, time_with_half = times[-3] - times[-5], times[-1] - times[-3]
+            blas.limit(limits=all_threads if time_with_all < time_with_half else half)
 
-    is_set = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys()
-    return functools.partial(print, end="", flush=True) if is_set else show
+    return show
 
 
 def print_help(main, signature):
@@ -742,8 +756,8 @@ def parse_words(words, signature):
     # A flag that is off by default takes no value, but Fire would take the next word.
     switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in words]
-    # After the last --, words are for Fire itself. By default, - separates two commands for it, but
-    # here it is a prompt.
+    # Words after the last -- are options of Fire. For Fire, the word - separates two commands, but
+    # here, - is a prompt. So the separator is a character that no word can have.
     words += ["--", "--separator=\0"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -778,12 +792,11 @@ def read_prompt(prompt):
     try:
         if prompt == "-" or (is_missing and not sys.stdin.isatty()):
             prompt = sys.stdin.read().removesuffix("\n")
-        # Python has a lone surrogate for each byte of an argument that is not UTF-8.
-        (prompt or "").encode("utf-8")
+        if is_missing and not prompt:
+            raise UserError(f"There is no prompt. See python {sys.argv[0]} --help.")
+        prompt.encode("utf-8")  # This fails if an argument had a byte that is not UTF-8.
     except UnicodeError as error:
         raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
-    if is_missing and not prompt:
-        raise UserError(f"There is no prompt. See python {sys.argv[0]} --help.")
     # "$(cat file)" with a file from Windows leaves its byte order mark and the last "\r".
     prompt = prompt.removeprefix("\ufeff").removesuffix("\r")
     prompt = re.sub("\r\n?", "\n", prompt)
@@ -813,7 +826,7 @@ def encode_prompt(prompt, encoder, hparams, n_new):
 
 
 def number(name, value, kind, least, most=np.inf):
-    """Read an option, which may be text, as an int or a float, which is its `kind`.
+    """Return an option as a number. `kind` is int or float. The option may be text.
 
     Raises UserError, with the limits, for anything else and for what is out of range.
     """
@@ -829,8 +842,8 @@ def number(name, value, kind, least, most=np.inf):
 def picker(sample, temperature, top_k, top_p, seed):
     """Return the function that picks each token: greedy, or `sample` with these limits.
 
-    Any of the four options switches sampling on, at temperature 1 unless another one is given.
-    Temperature 0 is greedy.
+    If a temperature, top_k, top_p or a seed is given, tokens are sampled. The default temperature
+    is then 1. With temperature 0, the likeliest token is taken each time, whatever else is given.
     """
     if temperature is None:
         temperature = 0 if (top_k, top_p, seed) == (None, None, None) else 1

@@ -190,8 +190,6 @@ def test_a_damaged_file_is_named(name, content, message, tmp_path):
 
 TEXT = "the user: naïve é, <s>the<|endoftext|>user:"
 CONTENT = {"content": "user:", "lstrip": False, "normalized": False, "special": True}
-
-
 NAMING = [  # ways to name a token beside its tokenizer
     ("special_tokens_map.json", {"pad_token": "user:"}),
     ("special_tokens_map.json", {"pad_token": CONTENT, "bos_token": "<|endoftext|>"}),
@@ -206,21 +204,16 @@ NAMING = [  # ways to name a token beside its tokenizer
 
 
 @pytest.mark.parametrize(("name", "content"), NAMING)
-def test_a_token_that_is_named_beside_the_vocabulary_is_found(name, content):
-    vocabulary = VOCABULARY | {"user:": 300}
-    library = theirs(["<|endoftext|>", "user:"])
+def test_a_token_that_is_named_beside_a_tokenizer_is_found_or_it_is_refused(name, content):
+    vocabulary, library = VOCABULARY | {"user:": 300}, theirs(["<|endoftext|>", "user:"])
     in_json = json.loads(theirs(["<|endoftext|>"], vocabulary=vocabulary).to_str())
+    without = json.loads(theirs(["<|endoftext|>"]).to_str())
     for files in ({"vocab.json": vocabulary}, {"tokenizer.json": in_json}):
         encoder = ours(files | {name: content})
         assert encoder.encode(TEXT, allowed_special="all") == library.encode(TEXT).ids
         assert encoder.decode([300, THE, 300]) == "user: theuser:"
-
-
-@pytest.mark.parametrize(("name", "content"), NAMING)
-def test_a_token_that_is_named_but_has_no_id_is_refused(name, content):
-    in_json = json.loads(theirs(["<|endoftext|>"]).to_str())
-    for files in ({}, {"tokenizer.json": in_json}):
-        if files or name != "added_tokens.json":  # There, the token has an id.
+    for files in ({"tokenizer.json": without}, {"vocab.json": VOCABULARY}):
+        if "vocab.json" not in files or name != "added_tokens.json":  # which gives it an id
             with pytest.raises(ValueError, match="has no token 'user:', but a file beside it"):
                 ours(files | {name: content})
 
@@ -246,14 +239,9 @@ def test_only_named_tokens_beside_the_vocabulary_are_special(named, text):
     assert encoder.encode(text, allowed_special="all") == library.encode(text).ids
 
 
-NAMELESS = [{"added_tokens.json": {"": 300}}]
-NAMELESS += [{"vocab.json": VOCABULARY | {"": 300}, "special_tokens_map.json": {"pad_token": ""}}]
-
-
-@pytest.mark.parametrize("files", NAMELESS, ids=["added", "special"])
-def test_a_token_with_an_empty_name_is_never_found(files):
-    encoder, library = ours(files), theirs(["<|endoftext|>"])
-    assert encoder.encode(TEXT, allowed_special="all") == library.encode(TEXT).ids
+def test_a_token_with_an_empty_name_is_never_found():
+    encoder = ours({"added_tokens.json": {"": 300}, "special_tokens_map.json": {"pad_token": ""}})
+    assert encoder.encode(TEXT, "all") == theirs(["<|endoftext|>"]).encode(TEXT).ids
 
 
 # --- tokenizer.json, as `tokenizers` writes it ---
@@ -299,9 +287,8 @@ def test_any_allowed_tokens_have_the_ids_of_tokenizers(ways, data):
 
 
 def test_added_tokens_decode_to_their_text():
-    library = theirs(
-        ["<|endoftext|>", AddedToken("two words, é", normalized=True)], ["Ã©", "日本 "]
-    )
+    special = ["<|endoftext|>", AddedToken("two words, é", normalized=True)]
+    library = theirs(special, ["Ã©", "日本 "])
     encoder = ours(library)
     assert len(encoder.encoder) == library.get_vocab_size() == 303
     for content in ("<|endoftext|>", "two words, é", "Ã©", "日本 "):
@@ -349,10 +336,8 @@ def test_older_and_newer_ways_to_write_a_tokenizer_json_are_read_alike(text):
 
 
 def test_endoftext_starts_and_ends_a_text_if_the_vocabulary_has_it():
-    encoder = ours(theirs())
-    assert (encoder.bos, encoder.eos) == ([299], {299})
-    encoder = Encoder({"a": 0}, [])
-    assert (encoder.bos, encoder.eos) == ([], set())
+    assert (ours(theirs()).bos, ours(theirs()).eos) == ([299], {299})
+    assert (Encoder({"a": 0}, []).bos, Encoder({"a": 0}, []).eos) == ([], set())
 
 
 BPE = {"vocab": VOCABULARY, "merges": MERGES}
