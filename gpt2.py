@@ -117,10 +117,10 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """For each query, return the average of the values, weighted by how well their keys match.
 
-    A Python dict returns the one value whose key equals the query. Attention is like a dict in which
-    each key can match more or less. The score of a query and a key is their dot product, divided by the
-    root of d. `mask` is added to the scores: 0 changes nothing, and -1e10 hides a key, because its
-    weight becomes 0. Softmax turns the scores of one query into weights.
+    A Python dict returns the one value whose key equals the query. Attention is like a dict in
+    which each key can match more or less. The score of a query and a key is their dot product,
+    divided by the root of d. `mask` is added to the scores: 0 changes nothing, and -1e10 hides a
+    key, because its weight becomes 0. Softmax turns the scores of one query into weights.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
     >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
