@@ -1,10 +1,10 @@
 """GPT-2 in sixty lines of NumPy, to read beside the tutorial "GPT in 60 Lines of NumPy".
 
 GPT-2 continues a text. It reads the text as tokens: words, parts of words and punctuation marks,
-often with the space before them. "Hello, world!" is "Hello", ",", " world" and "!". Every token in
-the vocabulary of the model has a number, its id. Here the ids are 15496, 11, 995 and 0. For a list
-of ids, the model returns logits: scores that say how well each token of the vocabulary would fit
-next. `stream` picks a token by these scores, appends its id, and asks the model again.
+often with the space before them, and parts of rare characters. "Hello, world!" is "Hello", ",",
+" world" and "!". Every token in the vocabulary of the model has a number, its id. Here the ids are
+15496, 11, 995 and 0. For a list of ids, the model returns logits: scores that say how well each
+token would fit next. `stream` picks a token by these scores, appends its id, and asks again.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
 which runs through all blocks. A block only adds to it. What it adds is called a residual, because
@@ -149,8 +149,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     `c_proj` mixes what they found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
-    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. A new
-    token does not change earlier ones, because the mask hides it from the rows that they come from.
+    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. They
+    stay right, because the mask hides each new token from the rows that they were made from.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -170,11 +170,11 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
-    A block replaces nothing, so later blocks can still use what earlier ones added. This also helps
-    training, which needs the gradient: how the loss, the error of the model, changes with each
-    number. It is computed from the last block back to the first. The additions below pass it on
-    unchanged. GPT-1 normalised the sums. Dividing a sum by a number also divides its gradient by
-    the number, and after many blocks it could be too large or too small to learn from.
+    Only what `mha` and `ffn` read is normalised, and `x` itself is only added to. So later blocks
+    can still use what earlier ones added. This also helps training, which needs the gradient: how
+    the loss, the error of the model, changes with each parameter. It is computed from the last
+    block back to the first, and sums pass it on unchanged. GPT-1 normalised each sum. To divide a
+    sum is to divide its gradient, which could become too large or too small to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -200,8 +200,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # While JAX compiles, `inputs` is a placeholder, and `wte` may be a NumPy array, which it cannot
-    # index as `wte[inputs]`. JAX's `take` works then, but it accepts no list: hence `asarray`.
+    # `wte[inputs]` would do, but it fails if `wte` is a NumPy array and `inputs` a placeholder, as
+    # while JAX compiles. JAX's `take` works then, but it accepts no list: hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -226,7 +226,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float64 for small ones
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # keeps small terms
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
     # its probability. `argmax` finds the first True, which is the part with a random point in it.
@@ -283,7 +283,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, whose probabilities add up to this number
         seed: a whole number; the same seed gives the same text again
-        show: in Python, a function that is called with each piece of text as it comes
+        show: in Python, called with each piece of text as it comes; by default, nothing is shown
     """
     from itertools import takewhile
 
@@ -293,12 +293,12 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
-    # begins a text (`encoder.bos`, used for an empty prompt) and ends one (`encoder.eos`).
+    # begins a text (`encoder.bos` has it, for an empty prompt) and ends one (`encoder.eos` has it).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)
     pieces = []
-    for piece in encoder.decode_stream(ids):  # An emoji is several tokens: it waits.
+    for piece in encoder.decode_stream(ids):  # which waits for all parts of a rare character
         show(piece)
         pieces.append(piece)
     return "".join(pieces)

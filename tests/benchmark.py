@@ -43,7 +43,6 @@ FIGURES = {  # the tokens of the prompt, and how many steps after the first one 
     "tokens/s after 900 tokens": (900, 40),
     "s to the first token after 512": (512, 0),
 }
-LOAD = "import sys, utils; utils.load_encoder_hparams_and_params(*sys.argv[1:])"
 
 
 def main(model_size="124M", models_dir=None, rounds=5):
@@ -82,15 +81,11 @@ def table(model_size, models_dir, rounds):
         cells = [f"{median(seen[figure, name]):.3g}" for name in names]
         lines.append(f"| {' | '.join([figure, *cells, f'{median(shares):.2f}' * bool(n_steps)])} |")
     lines += ["", f"- the limit: {median(limits):.3g} tokens/s"]
-    options = ["--model_size", model_size, "--models_dir", models_dir]
-    commands = {"load": ["-c", LOAD, model_size, models_dir]}
-    commands["the command, for 40 tokens"] = ["gpt2.py", "x", *options]
-    for what, words in commands.items():
-        runs = [command(*words) for _ in range(rounds)]
-        seconds, peak = map(median, zip(*runs, strict=True))
-        lines.append(f"- {what}: {seconds:.2f} s, peak memory {peak:.0f} MB")
+    words = ["gpt2.py", "x", "--model_size", model_size, "--models_dir", models_dir]
+    seconds, peak = map(median, zip(*(command(*words) for _ in range(rounds)), strict=True))
+    lines.append(f"- the command, for 40 tokens: {seconds:.2f} s, peak memory {peak:.0f} MB")
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        seconds = median(command("gpt2.py", "x", *options)[0] for _ in range(rounds))
+        seconds = median(command(*words)[0] for _ in range(rounds))
         busy.kill()
     lines.append(f"- the same, beside a program that keeps one processor busy: {seconds:.2f} s")
     packages = [name for name in ("numpy", "torch", "transformers") if util.find_spec(name)]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from conftest import BUNDLED, ROOT
 from safetensors import safe_open
-from tokenizers import Tokenizer
 
 from gpt2 import generate, gpt2, main
 
@@ -56,13 +55,6 @@ def test_the_bundled_model_has_hugging_faces_layout_and_less_than_6_mb_and_a_hal
     with safe_open(BUNDLED / "model.safetensors", "numpy") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     assert sum(map(math.prod, shapes)) == 1_442_240
-
-
-def test_the_bundled_vocabulary_gives_the_ids_of_tokenizers(bundled):
-    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
-    for text in [*RECITED, *RECITED.values(), PLAY.read_text("utf-8") if PLAY.exists() else ""]:
-        assert bundled[0].encode(text) == tokenizer.encode(text).ids
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_the_bundled_model_continues_the_play_from_any_place(train, monkeypatch):

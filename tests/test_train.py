@@ -133,19 +133,14 @@ def test_only_replace_replaces_a_model_and_only_its_own_files_go(small, tmp_path
     assert sorted(os.listdir(tmp_path)) == sorted([*new, *OTHER_FILES, "other.safetensors"])
 
 
-def test_an_incomplete_model_replaces_nothing(train, small, tmp_path):
-    (tmp_path / "config.json").write_text("old")
-    encoder, hparams, params = load_encoder_hparams_and_params("start", small)
-    with pytest.raises(AttributeError):
-        train.save(tmp_path, encoder, hparams, params | {"wte": "not an array"})
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-
-
 @pytest.mark.parametrize("old", [BUNDLED, COMMITTED], ids=["hugging face", "openai"])
 def test_saving_may_die_before_any_change_of_a_file(old, train, small, tmp_path, monkeypatch):
     """The folder loads as the old model or as the new one, or it says that it is not complete."""
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")  # Nobody answers there.
     encoder, hparams, params = load_encoder_hparams_and_params("start", small)
+    with pytest.raises(AttributeError):  # An incomplete model does not even begin to replace.
+        train.save(tmp_path, encoder, hparams, params | {"wte": "not an array"})
+    assert not os.listdir(tmp_path)
     real, found, left = {name: getattr(Path, name) for name in ("replace", "unlink")}, [], []
 
     def dying(name):
@@ -168,10 +163,9 @@ def test_saving_may_die_before_any_change_of_a_file(old, train, small, tmp_path,
             assert "124M is not complete" in str(error)
             found.append(None)
         assert (folder / DATA).exists() == (old / DATA).exists()
+    n_old, n_none = found.index(None), found.count(None)
     before = load_encoder_hparams_and_params(old, None)[1]
-    old_ones = found.index(None)
-    assert found[:old_ones] == [before] * old_ones and old_ones in (1, 2)
-    assert found[old_ones:-1] == [None] * (len(found) - old_ones - 1)
+    assert found == [before] * n_old + [None] * n_none + [hparams] and n_none >= 5
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
@@ -277,12 +271,11 @@ def test_windows_begin_with_any_word_and_continue_like_the_text(train, text):
         assert prompts >= {("here 'tis he go in", ", "), ("thou sweet ay what's", "\n\n")}
 
 
-@pytest.mark.parametrize("text", LONG_RUNS.values(), ids=LONG_RUNS)
+@pytest.mark.parametrize("text", [CHINESE, LONG_RUNS["JSON"]], ids=["Chinese", "JSON"])
 def test_any_token_after_the_first_few_can_be_asked_for(train, text):
     ring = train.Text(text, train.learn_vocabulary(text))
-    answers = {tuple(ids[-16:]) for ids in train.questions(ring, False, 256)}
-    asked = {id for answer in answers for id in answer}
-    assert asked >= {*ring.ids_from(len(END), 99)[8:]} or text == LONG_RUNS["genome"]
+    asked = {id for ids in train.questions(ring, False, 256) for id in ids[-16:]}
+    assert asked >= {*ring.ids_from(len(END), 99)[8:]}
 
 
 def test_an_exam_question_has_only_one_answer(train):
