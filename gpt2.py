@@ -88,7 +88,7 @@ def layer_norm(x, g, b, eps=1e-5):
     """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, multiply by `g`, and add `b`.
 
     "Norm" means normalisation here, not the length of a vector. The next layer gets numbers of the
-    same scale, however large `x` has grown. `g` is the gain, `b` the bias. `eps` prevents x / 0.
+    same scale, however large `x` has grown. `g` is the gain, `b` the bias. `eps` prevents 0 / 0.
 
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), g=np.ones(3), b=np.zeros(3)).round(3)
     array([[-1.225,  0.   ,  1.225]])
@@ -132,7 +132,7 @@ def attention(q, k, v, mask):
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
     product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Without dividing by it, `exp` would give one key almost all the weight.
+    as far as the root of d. Without dividing by it, `exp` would often give one key all weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -149,8 +149,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     `c_proj` mixes what they found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
-    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. They
-    stay right, because the mask hides each new token from the rows that they were made from.
+    keys and values of earlier tokens come first, and `mha` writes those of `x` after them. The
+    earlier ones need no update, because a row sees no later token, and so none can change the row.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -173,8 +173,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     Only what `mha` and `ffn` read is normalised, and `x` itself is only added to. So later blocks
     can still use what earlier ones added. This also helps training, which needs the gradient: how
     the loss, the error of the model, changes with each parameter. It is computed from the last
-    block back to the first, and sums pass it on unchanged. GPT-1 normalised each sum. To divide a
-    sum is to divide its gradient, which could become too large or too small to learn from.
+    block back to the first, and sums pass it on unchanged. GPT-1 normalised each sum. This divides
+    the gradient, too, in each block, until it may be too large or too small to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -226,7 +226,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # keeps small terms
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # tiny ones count too
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
     # its probability. `argmax` finds the first True, which is the part with a random point in it.
