@@ -86,10 +86,11 @@ class Encoder:
         ValueError for a text that cannot be written in UTF-8, and for a byte without a token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
-        names = self.special.keys() & allowed
+        names = self.special.keys() & allowed  # of both kinds
         found_last = names & self.added
+        found_first = names - found_last
         ids = []
-        for piece in cut(text, names - found_last):
+        for piece in cut(text, found_first):
             # A token that was found is not cut again, even if the name of another one is in it.
             parts = [piece] if piece in names else cut(piece, found_last)
             for part in parts:
@@ -102,7 +103,7 @@ class Encoder:
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             for token in tokens:
-                if token not in self.encoder:  # a single byte, because all merges make tokens
+                if token not in self.encoder:  # It is a single byte: every merge makes a token.
                     where = f"{self.byte_decoder[token]:#04x} in {reprlib.repr(word)}"
                     raise UserError(f"the vocabulary has no token for the byte {where}")
             self.cache[word] = [self.encoder[token] for token in tokens]
@@ -202,14 +203,14 @@ def read_tokenizer_json(path, added_ids, named):
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # `tokenizers` finds "normalized" tokens last. An entry without this field counts as normalized
-    # if it is not "special".
-    added = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
-    # The names in `added_ids` are here, so that `check_vocabulary` finds out if one has no id.
-    special = (named | added_ids.keys() | ids.keys()) - added
+    # There are two kinds: tokens that are "normalized" are found last, and all others first. The
+    # flag "special" only counts if "normalized" is missing.
+    found_last = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
+    # The names from the other files are here, so that `check_vocabulary` refuses unknown ones.
+    found_first = (named | added_ids.keys() | ids.keys()) - found_last
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return model["vocab"] | ids, merges, special, added
+    return model["vocab"] | ids, merges, found_first, found_last
 
 
 def read_two_files(path, added_ids, named):

@@ -54,8 +54,8 @@ HPARAMS = {
 # Hugging Face's defaults for them.
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 # Settings that change what a model computes, each with the only value that `gpt2` supports. None
-# means that it must not be set. The last two are other names for n_head and n_layer, which are not
-# read here. (With another n_embd or n_positions, the shapes would not fit.)
+# means that it must not be set. The last two are second names of n_head and n_layer, which are not
+# read here, and a wrong value of these would go unnoticed.
 FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
@@ -563,7 +563,8 @@ def receive(url, part, min_size):
     from tqdm import tqdm
 
     with open(part, "ab") as file, new_session(url) as session:
-        # The last byte is requested again, because a request for nothing is an error.
+        # If the part is complete, a request from its end would be an error. So its last byte is
+        # requested again.
         start = max(file.tell() - 1, 0)
         headers = {"Accept-Encoding": "identity"}
         if start:
@@ -658,7 +659,7 @@ def command_line(main):
         if status == 130:
             print()
         sys.stdout.flush()
-    except OSError:  # The pipe is closed. At exit, Python would flush again and print an error.
+    except OSError:  # The pipe is closed, or the disk is full. At exit, Python would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -715,6 +716,8 @@ def new_show():
     def show(piece):
         print(piece, end="", flush=True)
         times.append(time.perf_counter())
+        # Pieces 1 to 3 are timed with all threads, and pieces 3 to 5 with half of them. A limit
+        # stays until the next one is set.
         step = len(times) % 50
         if step == 1:
             blas.limit(limits=all_threads)
