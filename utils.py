@@ -756,9 +756,14 @@ def parse_words(words, signature):
 
     command.__signature__ = signature
     fire.decorators.SetParseFn(str)(command)  # Otherwise the prompt 42 would arrive as a number.
-    # A flag that is off by default takes no value, but Fire would take the next word.
+    # A flag that is off by default takes no value, but Fire would take the next word. All other
+    # flags take one, but without one, Fire would take "True".
     switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in words]
+    flags = {f"--{name}" for name in signature.parameters}
+    for word, next_word in zip(words, [*words[1:], "--"], strict=True):
+        if word in flags and next_word.startswith("--"):
+            raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
     # Words after the last -- are options of Fire. For Fire, the word - separates two commands, but
     # here, - is a prompt. So the separator is a character that no word can have.
     words += ["--", "--separator=\0"]

@@ -26,6 +26,8 @@ MISTAKES = {  # what is typed, and the words of the message
     "x --model 1M": ["--model\n", "--help"],
     "x --show print": ["--show", "--help"],
     "x -m 1M": ["-m", "--help"],
+    "x --models_dir": ["--models_dir needs a value"],
+    "--prompt --model_size 1M": ["--prompt needs a value"],
     "Romeo Juliet --model_size 1M": ["put it in quotes"],
     "--model_size 1M Romeo Juliet": ["put it in quotes"],
     "Henry 5 --model_size 1M": ["put it in quotes"],
