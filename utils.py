@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -761,7 +762,7 @@ def parse_words(words, signature):
     switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in words]
     flags = {f"--{name}" for name in signature.parameters}
-    for word, next_word in zip(words, [*words[1:], "--"], strict=True):
+    for word, next_word in itertools.pairwise([*words, "--"]):
         if word in flags and next_word.startswith("--"):
             raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
     # Words after the last -- are options of Fire. For Fire, the word - separates two commands, but
