@@ -701,7 +701,7 @@ def new_show():
 
     OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
     waits for the last part. If another program keeps one processor busy, every product waits. With
-    half of the threads, no product waits. So two tokens are timed with all threads, and two with
+    half of the threads, no product waits. So two tokens are timed with all threads, and three with
     half of them, and the faster number is kept. Every 50 tokens, this is done again. A number that
     the user has set in the environment is kept.
     """
@@ -717,16 +717,17 @@ def new_show():
     def show(piece):
         print(piece, end="", flush=True)
         times.append(time.perf_counter())
-        # Pieces 1 to 3 are timed with all threads, and pieces 3 to 5 with half of them. A limit
+        # Pieces 1 to 3 are timed with all threads, and pieces 3 to 6 with half of them. A limit
         # stays until the next one is set.
         step = len(times) % 50
         if step == 1:
             blas.limit(limits=all_threads)
         if step == 3:
             blas.limit(limits=half)
-        if step == 5:
-            time_with_all, time_with_half = times[-3] - times[-5], times[-1] - times[-3]
-            blas.limit(limits=all_threads if time_with_all < time_with_half else half)
+        if step == 6:
+            seconds = np.diff(times[-6:])
+            is_quiet = seconds[:2].min() < seconds[2:].min()
+            blas.limit(limits=all_threads if is_quiet else half)
 
     return show
 

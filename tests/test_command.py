@@ -118,7 +118,7 @@ THREADS = """import itertools, time, threadpoolctl, utils
 clock = itertools.accumulate({})
 time.perf_counter = lambda: next(clock)
 show = utils.new_show()
-for _ in range(5):
+for _ in range(6):
     show("")
 print(*{{library["num_threads"] for library in threadpoolctl.threadpool_info()}})"""
 
@@ -129,9 +129,9 @@ def test_the_command_uses_half_of_the_threads_if_that_is_faster():
         code = THREADS.format([0, *seconds])
         return int(run(code=("-c", code), **{"OPENBLAS_NUM_THREADS": None} | settings).out)
 
-    every = threads(1, 1, 9, 9)  # seconds for two tokens with all threads, and for two with half
-    assert every > 1 and threads(9, 1, 1, 1) == every // 2
-    assert threads(9, 1, 1, 1, OMP_NUM_THREADS="2") == 2  # what the user sets stays
+    every = threads(9, 2, 3, 3, 9)  # seconds for two tokens with all threads, and three with half
+    assert every > 1 and threads(3, 4, 9, 9, 2) == every // 2
+    assert threads(3, 4, 9, 9, 2, OMP_NUM_THREADS="2") == 2  # what the user sets stays
 
 
 def test_a_seed_repeats_a_text(typed):
