@@ -138,7 +138,7 @@ class Encoder:
         """
         if token not in self.special and all(char in self.byte_decoder for char in token):
             return bytes(self.byte_decoder[char] for char in token)
-        return token.encode("utf-8")
+        return token.encode("utf-8", "surrogatepass")
 
 
 def cut(text, names):
@@ -152,6 +152,8 @@ def cut(text, names):
 
 # The files that can have the vocabulary, in order of priority, and the file that has the merges.
 TOKENIZERS = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+# Hugging Face's classes that give GPT-2's ids with these files.
+CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
 
 
 def get_encoder(model_name, models_dir):
@@ -227,8 +229,12 @@ def read_named_tokens(folder):
     Hugging Face's library finds these tokens in a text, even if the tokenizer itself does not.
     """
     values = []
-    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
         settings = read_json(path, optional=True)
+        tokenizer_class = str(settings.get("tokenizer_class") or "GPT2Tokenizer")
+        if tokenizer_class not in CLASSES:
+            raise UserError(f"{path}: tokenizer_class {reprlib.repr(tokenizer_class)} is unknown")
         require(path, settings, add_bos_token=False, add_eos_token=False, add_prefix_space=False)
         require(path, settings, split_special_tokens=False)
         for field, value in settings.items():
@@ -256,11 +262,15 @@ def check_vocabulary(path, vocabulary, merges, names):
     ids = vocabulary.values()
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
         raise UserError(f"{path} does not number its tokens from 0 on without a gap")
+    if any(not isinstance(token, str) for token in names):
+        raise UserError(f"{path}: an added token must be a text")
     for token in names - vocabulary.keys() - {""}:
         raise UserError(f"{path} has no token {reprlib.repr(token)}, but a file beside it names it")
     problem = f"{path}: its tokens and its merges do not belong together"
     if any(len(pair) != 2 for pair in merges):
         raise UserError(f"{problem}: a merge does not have two parts")
+    if len({*map(tuple, merges)}) < len(merges):
+        raise UserError(f"{problem}: a merge is there twice")
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")

@@ -107,7 +107,7 @@ def find_model(model_size, models_dir):
     elif model_size and home(model_size).is_dir():
         folder = home(model_size)
     else:
-        others = ", ".join(sorted(names.difference(SIZES))) or "there is none"
+        others = ", ".join(sorted(names.difference(SIZES))[:10]) or "there is none"
         choices = f"{', '.join(SIZES)}, or a folder in {models.absolute()} ({others})"
         raise UserError(f"model_size must be {choices}, not {model_size!r}")
     if model_size in SIZES and not is_hugging_face(folder):
@@ -243,7 +243,8 @@ def read_tensor(table, name, *shape):
     # OpenAI's matrices are stored with a first axis of 1.
     if dtype not in DTYPES or stored_shape not in ([*shape], [1, *shape]):
         what = f"{name} is {dtype} {reprlib.repr(stored_shape)}"
-        raise UserError(f"{path}: {what}, not float32, float16 or bfloat16 {[*shape]}")
+        wanted = f"float32, float16 or bfloat16 {reprlib.repr([*shape])}"
+        raise UserError(f"{path}: {what}, not {wanted}")
     if data.size != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise UserError(f"{path} is damaged or cut off: {name} is not complete")
     array = data.view(DTYPES[dtype]).reshape(shape)
@@ -274,7 +275,7 @@ def read_safetensors(folder):
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is damaged: it has no weight_map")
     table = {}
-    for name in {*map(str, weight_map.values())}:
+    for name in sorted({*map(str, weight_map.values())}):
         if name not in os.listdir(folder):  # So it cannot lead to another folder.
             raise UserError(f"{index} is damaged: there is no file {reprlib.repr(name)}")
         table |= read_header(folder / name)
@@ -336,11 +337,11 @@ def find_checkpoint(path):
 
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
-    latest = re.search(r'(?m)^model_checkpoint_path: "(.+)"', read_text(path))
+    latest = re.search(r'(?m)^model_checkpoint_path: "([^"\0]+)"', read_text(path))
     if not latest:
         raise UserError(f"{path} names no checkpoint")
     name = re.split(r"[/\\]", latest[1])[-1]
-    return path.parent / name[:200]  # cut short, because a message may quote it
+    return path.parent / name[:100]  # cut short, because a message may quote it
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -534,7 +535,7 @@ def fetch(url, path):
         min_size = size_of(read_index(path.with_name(INDEX)))
     try:
         receive_all(url, part, min_size)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # The second is for nonsense in the headers.
         reason = str(error)[:300]  # A server can make it long.
         raise OSError(f"{url} did not arrive in {part}: {reason}\n{BUNDLED}") from None
     try:
@@ -564,31 +565,32 @@ def receive(url, part, min_size):
     from tqdm import tqdm
 
     with open(part, "ab") as file, new_session(url) as session:
+        size = file.tell()
         # If the part is complete, a request from its end would be an error. So its last byte is
         # requested again.
-        start = max(file.tell() - 1, 0)
+        start = max(size - 1, 0)
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
         response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
-        if response.status_code == 416:  # The part is longer than the file.
-            file.truncate(0)
-            return False
-        if response.status_code not in (200, 206):
+        if response.status_code not in (200, 206, 416):
             raise OSError(f"the server answered {response.status_code}")
-        if response.status_code == 200:  # The server sends the whole file.
+        if response.status_code == 200:  # The whole file comes, whatever was requested.
             start = 0
-        file.seek(start)
-        file.truncate()
-        n_bytes = response.raw.length_remaining or 0  # None if the server does not say it
-        size = max(min_size, start + n_bytes)
-        with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
+        n_bytes = response.raw.length_remaining  # None if the server does not say it
+        end = max(min_size, start + (n_bytes or 0))
+        if response.status_code == 416 or (n_bytes is not None and size > end):
+            file.truncate(0)  # The part is longer than the file.
+            return False
+        n_known = size - start  # The first bytes that come are in the part already.
+        with tqdm.wrapattr(file, "write", end, desc=part.stem, initial=size) as out:
             try:
                 while chunk := response.raw.read1(1 << 16):
-                    out.write(chunk)
+                    out.write(chunk[n_known:])
+                    n_known = max(n_known - len(chunk), 0)
             except urllib3.exceptions.HTTPError:  # The connection broke.
                 return False
-        return file.tell() >= size
+        return file.tell() >= end
 
 
 def new_session(url):
@@ -625,7 +627,7 @@ def check_data(path, tensors):
         for name, tensor in tensors.items():
             file.seek(tensor.start)
             if masked_crc32c(file.read(tensor.size)) != tensor.checksum:
-                raise UserError(f"{path} is damaged: the checksum of {name} does not match.")
+                raise UserError(f"{path} is damaged: the checksum of {name[:40]} does not match.")
 
 
 # --- Command: from the words in a shell to the text ---
@@ -657,9 +659,7 @@ def command_line(main):
     except (OSError, UserError) as error:
         status = str(error)
     try:
-        if status == 130:
-            print()
-        sys.stdout.flush()
+        print(end="\n" if status == 130 else "", flush=True)
     except OSError:  # The pipe is closed, or the disk is full. At exit, Python would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
@@ -762,9 +762,9 @@ def parse_words(words, signature):
     # flags take one, but without one, Fire would take "True".
     switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in words]
-    flags = {f"--{name}" for name in signature.parameters}
     for word, next_word in itertools.pairwise([*words, "--"]):
-        if word in flags and next_word.startswith("--"):
+        is_flag = word.startswith("-") and word.strip("-").replace("-", "_") in signature.parameters
+        if is_flag and next_word.startswith("--"):
             raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
     # Words after the last -- are options of Fire. For Fire, the word - separates two commands, but
     # here, - is a prompt. So the separator is a character that no word can have.
@@ -799,9 +799,10 @@ def read_prompt(prompt):
     If it is "-", or if it is missing and standard input is redirected, standard input is read.
     """
     is_missing = prompt is None
+    stdin = sys.stdin or io.StringIO()  # It can be closed.
     try:
-        if prompt == "-" or (is_missing and not sys.stdin.isatty()):
-            prompt = sys.stdin.read().removesuffix("\n")
+        if prompt == "-" or (is_missing and not stdin.isatty()):
+            prompt = stdin.read().removesuffix("\n")
         if is_missing and not prompt:
             raise UserError(f"There is no prompt. See python {sys.argv[0]} --help.")
         prompt.encode("utf-8")  # This fails if an argument had a byte that is not UTF-8.

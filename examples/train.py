@@ -46,7 +46,7 @@ LIMITS = {"steps": (int, 0), "process_id": (int, 0), "lr": (float, 0, 1)}
 # genome, each character is one, and so it is beside the token between two texts.
 WORD = r"<\|endoftext\|>|(?<!\S)(?!\S*<\|endoftext\|>)\S{1,20}(?!\S)|\S"
 N_READ, N_NEW, N_ASKED = 6, 16, 500  # the least tokens of a prompt, those to add, and questions
-# Files of an older model that would contradict a new one, beside its parts of the weights.
+# Files of an older model that would contradict a new one.
 OLD = {"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
 OLD |= {"added_tokens.json", "vocab.json", "merges.txt", "model.safetensors.index.json"}
 
@@ -82,10 +82,14 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     model_dir = utils.home(model_dir).resolve()
     if options.get("steps") == 0:
         return recite(text, model_dir)
-    # In a shell, the value of --replace arrives as text. Every model has a file of JSON.
-    if any(model_dir.glob("*.json")) and str(replace) != "True":
+    # In a shell, the value of --replace arrives as text.
+    has_model = any(model_dir.glob("*.json")) or any(model_dir.glob("*.safetensors"))
+    if has_model and str(replace) != "True":
         raise UserError(f"{model_dir} has a model already. Use another folder, or add --replace.")
+    old_files(model_dir)  # A damaged index of weights is noticed now.
     if coordinator_address or team:
+        if not coordinator_address or len(team) < 2:
+            raise UserError("Several processes need an address, --num_processes and --process_id.")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator_address, **team)
     plan = from_start if start else from_nothing
@@ -155,16 +159,19 @@ class Text:
     def __init__(self, text, encoder):
         self.text, self.tokenizer = END_OF_TEXT + text, fast_tokenizer(encoder)
         self.words = [match.span() for match in regex.finditer(WORD, self.text)]
-        self.longest_token = max(map(len, encoder.encoder))
-        n_characters = self.longest_token * (SIZES["n_ctx"] + 1)
-        self.ring = self.text * (2 + n_characters // len(self.text))
+        # The most characters that a window can have.
+        self.most = max(map(len, encoder.encoder)) * (SIZES["n_ctx"] + 1)
+        self.ring = self.text * (2 + self.most // len(self.text))
 
     def encode(self, text):
         return self.tokenizer.encode(text).ids
 
     def ids_from(self, place, n):
         """Return the ids of the next `n` tokens."""
-        return self.encode(self.ring[place : place + n * self.longest_token])[:n]
+        size = 8 * n  # characters, usually more than enough
+        while len(ids := self.encode(self.ring[place : place + size])) < 2 * n and size < self.most:
+            size *= 2
+        return ids[:n]
 
     def prompt(self, i, n_words, is_typed):
         """Return `n_words` words as a prompt, and the place where the text goes on after it.
@@ -232,6 +239,8 @@ def from_start(text, start, steps=200, batch=4, length=128, lr=1e-4):
     """Plan to fine-tune the model in the folder `start`. The text's last twentieth is held out."""
     encoder, hparams, params = utils.load_encoder_hparams_and_params(start, None)
     ids = np.array(fast_tokenizer(encoder).encode(text).ids, np.int32)
+    if ids.max(initial=0) >= hparams["n_vocab"]:
+        raise UserError("The text has a token whose id has no row in wte.")
     n = len(ids) - len(ids) // 20
     check_length(length, min(hparams["n_ctx"], len(ids) - n - 1))
     windows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
@@ -327,18 +336,25 @@ def save(model_dir, encoder, hparams, params):
         replace_model(model_dir, new)
 
 
+def old_files(model_dir):
+    """Return the names of the files of an older model that would contradict a new one."""
+    index = read_json(model_dir / "model.safetensors.index.json", optional=True)
+    weight_map = index.get("weight_map")
+    parts = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+    parts &= {path.name for path in model_dir.glob("*.safetensors")} - {"model.safetensors"}
+    return parts | OLD
+
+
 def replace_model(model_dir, new):
     """Move the complete files of a new model into the place of an old one.
 
     Without its config.json, a model is refused as not complete. So this file goes first and comes
     last. An old model in OpenAI's layout has none, but with a model.safetensors it needs one.
     """
-    index = model_dir / "model.safetensors.index.json"
-    parts = {*read_json(index, optional=True).get("weight_map", {}).values()}
-    parts &= {path.name for path in model_dir.glob("*.safetensors")}
+    names = old_files(model_dir)
     (model_dir / "config.json").unlink(missing_ok=True)
     (new / "model.safetensors").replace(model_dir / "model.safetensors")
-    for name in (parts | OLD) - {"model.safetensors"}:
+    for name in names:
         (model_dir / name).unlink(missing_ok=True)
     (new / "tokenizer.json").replace(model_dir / "tokenizer.json")
     (new / "config.json").replace(model_dir / "config.json")
@@ -380,7 +396,7 @@ def questions(text, is_typed, n_ctx):
             if len(text.encode(prompt)) >= N_READ:
                 break
         ids = [*text.encode(prompt), *text.ids_from(place, N_NEW)]
-        if whole.count(prompt) == 1 and N_READ + N_NEW <= len(ids) <= n_ctx:
+        if whole.find(prompt) == whole.rfind(prompt) != -1 and N_READ + N_NEW <= len(ids) <= n_ctx:
             yield ids
 
 
