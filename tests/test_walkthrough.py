@@ -46,7 +46,7 @@ def execute(cells, folder):
 
 
 def test_it_runs_from_top_to_bottom_and_says_what_it_said(copy):
-    other = "(root / 'models/1M').rename(root / 'models/2M')\n" + CELLS[-1].source
+    other = "(root / 'models/1M').rename(root / 'models/124M')\n" + CELLS[-1].source
     *cells, last = execute([*CELLS, nbformat.v4.new_code_cell(other)], copy / "examples")
     for saved, now in zip(CELLS, cells, strict=True):
         if saved.cell_type == "code":
