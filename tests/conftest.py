@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import utils
@@ -54,14 +53,6 @@ def run(*args, code=("gpt2.py",), command=None, stdin=b"", cwd=ROOT, **env):
     texts = (pipe.decode("utf-8", "replace") for pipe in (result.stdout, result.stderr))
     result.out, result.err = (text.replace(os.linesep, "\n") for text in texts)
     return result
-
-
-def leaves(tree):
-    """All arrays in nested dicts and lists."""
-    if isinstance(tree, np.ndarray):
-        return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree
-    return [leaf for part in parts for leaf in leaves(part)]
 
 
 def write_vocabulary(folder, tokens="encoder.json", merges="vocab.bpe"):

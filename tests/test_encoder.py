@@ -174,6 +174,7 @@ def test_two_files_are_read_alike_under_either_name(names, line_end, start, tmp_
         ("vocab.bpe", b"#version: 0.2\n", "no merge makes"),
         ("vocab.bpe", b"he\n", "does not have two parts"),
         ("vocab.bpe", b"h e x\n", "does not have two parts"),
+        ("vocab.bpe", "\n".join(map(" ".join, [*MERGES, MERGES[9]])).encode(), "is there twice"),
         ("added_tokens.json", b"[]", "added_tokens.json is not a JSON object"),
         ("added_tokens.json", b'{"<s>": 301}', "does not number its tokens"),
         ("special_tokens_map.json", b"\xff", "special_tokens_map.json is not UTF-8"),
@@ -227,6 +228,14 @@ def test_a_setting_that_changes_the_ids_is_refused_by_name(switch):
         with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {switch} must be False"):
             ours(files | {"tokenizer_config.json": {switch: True}})
         assert ours(files | {"tokenizer_config.json": {switch: False}}).encode(" the") == [THE]
+
+
+@pytest.mark.parametrize("name", ["CTRLTokenizer", 5])
+def test_another_class_of_tokenizer_is_refused_and_transformers_own_are_not(name):
+    for content in ({}, {"tokenizer_class": "GPT2Tokenizer"}):
+        assert ours({"tokenizer_config.json": content}).encode(" the") == [THE]
+    with pytest.raises(ValueError, match=f"tokenizer_class '?{name}'? is unknown"):
+        ours({"tokenizer_config.json": {"tokenizer_class": name}})
 
 
 @pytest.mark.parametrize("named", [["<|endoftext|>"], ["<|endoftext|>", "<s>"]])
@@ -359,6 +368,7 @@ REFUSED = [
     ("model", BPE | {"vocab": VOCABULARY | {"a": 64.0}}, "does not number its tokens"),
     ("model", BPE | {"merges": [["h", 1]]}, "is not a byte-level BPE"),
     ("model", BPE | {"merges": [*MERGES, ("R", "o", "me")]}, "does not have two parts"),
+    ("model", BPE | {"merges": [*MERGES, MERGES[0]]}, "a merge is there twice"),
     ("model", BPE | {"merges": [*MERGES, ("q", "q")]}, "do not belong together: .* 'qq'"),
     ("model", BPE | {"dropout": 0.1}, "dropout must be None"),
     ("model", BPE | {"end_of_word_suffix": "</w>"}, "end_of_word_suffix must be None"),

@@ -8,19 +8,10 @@ import shutil
 from hashlib import sha256
 
 import huggingface
+import jax
 import numpy as np
 import pytest
-from conftest import (
-    BUNDLED,
-    COMMITTED,
-    ROOT,
-    TOKENS,
-    index_of,
-    leaves,
-    run,
-    varint,
-    write_vocabulary,
-)
+from conftest import BUNDLED, COMMITTED, ROOT, TOKENS, index_of, run, write_vocabulary
 from safetensors.numpy import save_file
 
 import utils
@@ -71,7 +62,8 @@ def load(folder):
 
 def assert_same(params, expected):
     """Compare number for number."""
-    for leaf, other in zip(leaves(params), leaves(expected), strict=True):
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
+    for leaf, other in pairs:
         assert leaf.dtype == np.float32
         np.testing.assert_array_equal(leaf, other)
 
@@ -194,7 +186,7 @@ BAD_ENTRIES = {
     "a number for the shape": (b"model/wte", FLOAT + b"\x10\x01"),
     "a file that does not exist": (b"model/wte", FLOAT + SHAPE + b"\x18\x07"),
     "text for the size": (b"model/wte", FLOAT + SHAPE + b"\x2a\x01x"),
-    "a text of 2**63 bytes": (b"model/wte", FLOAT + b"\x12" + varint(2**63)),
+    "a text of 2**63 bytes": (b"model/wte", FLOAT + b"\x12" + b"\x80" * 9 + b"\x01"),
     "a number of 2,000 bytes": (b"model/wte", FLOAT + SHAPE + b"\x28" + b"\xff" * 2000),
     "a field of an unknown type": (b"model/wte", FLOAT + SHAPE + b"\x0b"),
     "no count of files": (b"", b""),
@@ -308,11 +300,6 @@ def test_the_path_of_a_folder_opens_it_and_a_name_in_models_dir_comes_first(open
         load_encoder_hparams_and_params("tuned", "models")
 
 
-def test_by_default_the_models_are_beside_the_program(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert load_encoder_hparams_and_params("1M", None)[1]["n_layer"] == 4
-
-
 def test_a_tilde_stands_for_the_home_of_the_user(openai, monkeypatch):
     monkeypatch.setenv("HOME", str(openai.parent))
     monkeypatch.setenv("USERPROFILE", str(openai.parent))  # on Windows
@@ -351,7 +338,7 @@ def test_arrays_are_read_only_views_if_they_are_aligned_and_copies_if_not(layout
         edit_header(folder / "model.safetensors", lambda header: header + b" " * padding)
     _, _, params = load(folder)
     assert_same(params, PARAMS)
-    for leaf in leaves(params):
+    for leaf in jax.tree.leaves(params):
         assert leaf.flags.aligned and is_mapped(leaf) == (padding == 0)
         with pytest.raises(ValueError, match="read-only"):
             leaf[0] = 1
@@ -415,12 +402,12 @@ def test_the_bundled_model_writes_what_hugging_faces_library_writes_with_it(prom
 
 def test_float16_is_widened_and_bfloat16_is_the_upper_half_of_the_same_numbers(saved):
     save_file({n: w.astype(np.float16) for n, w in RENAMED.items()}, saved / "model.safetensors")
-    assert_same(load(saved)[2], [leaf.astype(np.float16) for leaf in leaves(PARAMS)])
+    assert_same(load(saved)[2], jax.tree.map(np.float16, PARAMS))
     halves = {n: (w.view(np.uint32) >> 16).astype(np.uint16) for n, w in RENAMED.items()}
     save_file(halves, saved / "model.safetensors")
     edit_header(saved / "model.safetensors", lambda header: header.replace(b"U16", b"BF16"))
-    cut = [(leaf.view(np.uint32) & 0xFFFF0000).view(np.float32) for leaf in leaves(PARAMS)]
-    assert_same(load(saved)[2], cut)
+    upper = jax.tree.map(lambda w: (w.view(np.uint32) & 0xFFFF0000).view(np.float32), PARAMS)
+    assert_same(load(saved)[2], upper)
     assert not load(saved)[2]["wte"].flags.writeable
 
 
