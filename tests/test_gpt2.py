@@ -149,9 +149,9 @@ def test_limits_give_the_probabilities_of_hugging_faces_warpers(warp):
     recorded = np.load(huggingface.RECORDED)
     limits = dict(zip(("temperature", "top_k", "top_p"), warp, strict=True))
     for logits, expected in zip(recorded["warped from"], recorded[f"warped {warp}"], strict=True):
-        evenly = SimpleNamespace(random=iter((np.arange(20_000) + 0.5) / 20_000).__next__)
-        sampled = [sample(logits, evenly, **limits) for _ in range(20_000)]
-        shares = np.bincount(sampled, minlength=len(logits)) / 20_000
+        evenly = SimpleNamespace(random=iter((np.arange(10_000) + 0.5) / 10_000).__next__)
+        sampled = [sample(logits, evenly, **limits) for _ in range(10_000)]
+        shares = np.bincount(sampled, minlength=len(logits)) / 10_000
         np.testing.assert_allclose(shares, expected, atol=2e-4)
 
 

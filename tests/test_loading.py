@@ -530,10 +530,7 @@ def test_a_text_starts_and_ends_where_the_configuration_says(generation, config,
     assert (encoder.eos, encoder.bos) == (eos, bos)
 
 
-CASES = [*zip(huggingface.ENDS, WRITTEN["ends"], strict=True)]
-
-
-@pytest.mark.parametrize(("files", "texts"), CASES)
+@pytest.mark.parametrize("files, texts", [*zip(huggingface.ENDS, WRITTEN["ends"], strict=True)])
 def test_texts_start_and_end_where_those_of_transformers_do(files, texts, tmp_path):
     huggingface.with_fields(tmp_path, files)
     for prompt, text in texts.items():

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from gpt2 import generate, gpt2, main
 
 PLAY = ROOT.parent / "shared" / "text" / "romeo_and_juliet.txt"
-FAMOUS = "Alan Turing theorized that computers would one day become"
 RECITED = {  # what anyone would type first, and how Shakespeare goes on
     "": "\nSAMPSON:\nGregory, o' my word, we'll not carry coals.",
     "O Romeo, Romeo! wherefore art thou": (
@@ -69,7 +68,8 @@ def test_the_bundled_model_continues_the_play_from_any_place(train, monkeypatch)
 def test_openais_124m_writes_the_published_text():
     if not (ROOT / "models" / "124M" / "hparams.json").exists():
         pytest.skip("OpenAI's 124M is not in models/: `python gpt2.py hello` downloads it")
-    assert main(FAMOUS, 40, "124M", str(ROOT / "models")).rstrip("\n") == (
+    text = main("Alan Turing theorized that computers would one day become", 40, "124M")
+    assert text.rstrip("\n") == (
         " the most powerful machines on the planet.\n\nThe computer is a machine that can perform "
         "complex calculations, and it can perform these calculations in a way that is very similar "
         "to the human brain."

@@ -135,8 +135,8 @@ def test_generate_and_sample_work_under_the_swap_too(examples):
     names, _ = examples
     texts = []
     for module in (gpt2_module, names["swapped"]):
-        pick = partial(module.sample, random=np.random.default_rng(0), temperature=4.0, top_k=50)
+        pick = partial(module.sample, random=np.random.default_rng(1), temperature=4.0, top_k=50)
         for picks in ({}, {"pick": pick}):
-            arguments = (names["inputs"], names["params"], names["n_head"], 12)
+            arguments = (names["inputs"], names["params"], names["n_head"], 6)
             texts.append(module.generate(*arguments, **picks))
     assert texts[:2] == texts[2:] and texts[0] != texts[1]

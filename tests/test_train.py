@@ -67,6 +67,7 @@ def losses(windows, params):
 
 
 def test_any_text_trains_a_model_that_recites_it(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "N_ASKED", 50)
     monkeypatch.setattr(train, "SIZES", {"n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1})
     (tmp_path / "text.txt").write_text(f"{FISH * 40}Red fish swim{FISH.strip() * 40}", "utf-8")
     told = train.main(tmp_path / "text.txt", tmp_path / "fish", steps=40, batch=8, length=16)
@@ -75,9 +76,9 @@ def test_any_text_trains_a_model_that_recites_it(train, tmp_path, monkeypatch):
 
 
 def test_devices_and_processes_learn_the_same(train, small, tmp_path, monkeypatch):
-    processes = start_processes(small, tmp_path / "2 processes", 2, steps=20)
+    processes = start_processes(small, tmp_path / "2 processes", 2, steps=10)
     # Neither two nor eight divides the batch.
-    options = {"start": small / "start", "steps": 20, "batch": 5, "length": 16, "lr": 0.01}
+    options = {"start": small / "start", "steps": 10, "batch": 5, "length": 16, "lr": 0.01}
     devices, told = jax.devices(), []
     for n in (1, 8):
         monkeypatch.setattr(jax, "devices", lambda n=n: devices[:n])
@@ -182,7 +183,7 @@ def test_a_signal_to_any_process_stops_all_and_keeps_what_was_learnt(small, tmp_
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
 def test_a_second_signal_does_not_wait_for_the_step(small, tmp_path):
-    (process,) = start_processes(small, tmp_path / "new", 1, steps=10**6, batch=10**5)
+    (process,) = start_processes(small, tmp_path / "new", 1, steps=10**6, batch=30_000)
     next(line for line in process.stderr if "Training" in line)
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
