@@ -62,8 +62,9 @@ class Encoder:
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
         names = {*special, *added, END_OF_TEXT} - {""}  # An empty name cannot be found in a text.
-        self.special = {token: encoder[token] for token in names & encoder.keys()}  # both kinds
-        self.added = {*added}  # the kind that is found last
+        # `special` has the ids of both kinds, and `added` only the names of the second kind.
+        self.special = {token: encoder[token] for token in names & encoder.keys()}
+        self.added = {*added}
         self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
         self.eos = {*self.bos}
         self.cache = {}
@@ -86,7 +87,7 @@ class Encoder:
         ValueError for a text that cannot be written in UTF-8, and for a byte without a token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
-        names = self.special.keys() & allowed  # of both kinds
+        names = self.special.keys() & allowed
         found_last = names & self.added
         found_first = names - found_last
         ids = []
@@ -208,8 +209,9 @@ def read_tokenizer_json(path, added_ids, named):
     # There are two kinds: tokens that are "normalized" are found last, and all others first. The
     # flag "special" only counts if "normalized" is missing.
     found_last = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
-    # The names from the other files are here, so that `check_vocabulary` refuses unknown ones.
-    found_first = (named | added_ids.keys() | ids.keys()) - found_last
+    # A token that only another file names is kept here, so that `check_vocabulary` refuses it.
+    names = named | added_ids.keys() | ids.keys()
+    found_first = names - found_last
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return model["vocab"] | ids, merges, found_first, found_last

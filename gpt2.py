@@ -132,7 +132,7 @@ def attention(q, k, v, mask):
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
     product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Without dividing by it, `exp` would often give one key all weight.
+    as far as the root of d. Without dividing by it, `exp` would often give one key all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -173,8 +173,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     Only what `mha` and `ffn` read is normalised, and `x` itself is only added to. So later blocks
     can still use what earlier ones added. This also helps training, which needs the gradient: how
     the loss, the error of the model, changes with each parameter. It is computed from the last
-    block back to the first, and sums pass it on unchanged. GPT-1 normalised each sum. This divides
-    the gradient, too, in each block, until it may be too large or too small to learn from.
+    block back to the first, and sums pass it on unchanged. The first GPT normalised the sums. This
+    rescales the gradient in each block, until it may be too large or too small to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -187,21 +187,21 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     the probability of a text need every row, but only the last one decides on the next token.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
-    `[n_ctx, n_embd]` for its position. Otherwise, a row would get the same from attention in the
-    first block if the tokens before it were shuffled, because an average has no order.
+    `[n_ctx, n_embd]` for its position. Otherwise, the last row would get the same from attention in
+    the first block if the tokens before it were shuffled, because an average has no order.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
-    to one scale. The same `wte` serves to read tokens and to score them, because a dot product is
-    large if two rows describe the same token.
+    to one scale. The same `wte` serves to read tokens and to score them, because training makes the
+    dot product large if two rows describe the same token.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # `wte[inputs]` would do, but it fails if `wte` is a NumPy array and `inputs` a placeholder, as
-    # while JAX compiles. JAX's `take` works then, but it accepts no list: hence `asarray`.
+    # For NumPy, `wte[inputs]` would do. But JAX's placeholders cannot index `wte` if it is an array
+    # of NumPy's. JAX's `take` can do that, but it accepts no list: hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -226,7 +226,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # tiny ones count too
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float32 loses tiny ones
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
     # its probability. `argmax` finds the first True, which is the part with a random point in it.
@@ -293,7 +293,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
-    # begins a text (`encoder.bos` has it, for an empty prompt) and ends one (`encoder.eos` has it).
+    # begins a text (`encoder.bos` lists it, for an empty prompt) and ends one (`encoder.eos`).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)

@@ -5,7 +5,7 @@
 A model is a table of contents and raw numbers. The table says for every tensor its name, its type,
 its shape and where its bytes are. OpenAI's table is `model.ckpt.index`, and Hugging Face's is the
 header of `model.safetensors`. The file of numbers is mapped into memory, and the parameters are
-views of it. So float32 numbers are not copied, and the system reads a page of the file when it is
+views of it. So numbers in float32 need no copy, and the system reads a page of the file when it is
 first used.
 
 Packages that only some models need, and those for downloads and for the command, are imported in
@@ -55,8 +55,8 @@ HPARAMS = {
 # Hugging Face's defaults for them.
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 # Settings that change what a model computes, each with the only value that `gpt2` supports. None
-# means that it must not be set. The last two are second names of n_head and n_layer, which are not
-# read here, and a wrong value of these would go unnoticed.
+# means that it must not be set. The last two are other names for n_head and n_layer. A number under
+# these other names would not be read.
 FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
@@ -505,9 +505,9 @@ def download_gpt2_files(model_size, model_dir):
     """Download those files of a published size that `model_dir` lacks.
 
     `GPT2_BASE_URL` in the environment replaces the address up to `/<size>/<file>`. Raises
-    ValueError for a size that was not published, and OSError if the network, the server or the disk
-    fails, or a file fails its check. If the connection breaks, the part that has come is kept, and
-    the next call continues there.
+    ValueError for a size that was not published, or if the index in `model_dir` is damaged, and
+    OSError if the network, the server or the disk fails, or if a new file fails its check. If the
+    connection breaks, the part that has come is kept, and the next call continues there.
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be {', '.join(SIZES)}, not {model_size!r}")
@@ -565,29 +565,29 @@ def receive(url, part, min_size):
     from tqdm import tqdm
 
     with open(part, "ab") as file, new_session(url) as session:
-        size = file.tell()
+        n_old = file.tell()  # the bytes that are in the part already
         # If the part is complete, a request from its end would be an error. So its last byte is
         # requested again.
-        start = max(size - 1, 0)
+        requested = max(n_old - 1, 0)
         headers = {"Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
+        if requested:
+            headers["Range"] = f"bytes={requested}-"
         response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
         if response.status_code not in (200, 206, 416):
             raise OSError(f"the server answered {response.status_code}")
-        if response.status_code == 200:  # The whole file comes, whatever was requested.
-            start = 0
+        # With status 200, the whole file comes, whatever was requested.
+        start = requested if response.status_code == 206 else 0
         n_bytes = response.raw.length_remaining  # None if the server does not say it
         end = max(min_size, start + (n_bytes or 0))
-        if response.status_code == 416 or (n_bytes is not None and size > end):
+        if response.status_code == 416 or (n_bytes is not None and n_old > end):
             file.truncate(0)  # The part is longer than the file.
             return False
-        n_known = size - start  # The first bytes that come are in the part already.
-        with tqdm.wrapattr(file, "write", end, desc=part.stem, initial=size) as out:
+        n_again = n_old - start  # So many of the bytes that come are in the part already.
+        with tqdm.wrapattr(file, "write", end, desc=part.stem, initial=n_old) as out:
             try:
                 while chunk := response.raw.read1(1 << 16):
-                    out.write(chunk[n_known:])
-                    n_known = max(n_known - len(chunk), 0)
+                    out.write(chunk[n_again:])
+                    n_again = max(n_again - len(chunk), 0)
             except urllib3.exceptions.HTTPError:  # The connection broke.
                 return False
         return file.tell() >= end
@@ -700,10 +700,10 @@ def new_show():
     """Return a function that prints the pieces of a text, and finds the best number of threads.
 
     OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
-    waits for the last part. If another program keeps one processor busy, every product waits. With
-    half of the threads, no product waits. So two tokens are timed with all threads, and three with
-    half of them, and the faster number is kept. Every 50 tokens, this is done again. A number that
-    the user has set in the environment is kept.
+    waits for the last part. If another program keeps one processor busy, every product waits. Half
+    of the threads leave room for that program. So two tokens are timed with all threads, and three
+    with half of them, and the faster number is kept. Every 50 tokens, this is done again. A number
+    that the user has set in the environment is kept.
     """
     if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         return functools.partial(print, end="", flush=True)
@@ -717,17 +717,15 @@ def new_show():
     def show(piece):
         print(piece, end="", flush=True)
         times.append(time.perf_counter())
-        # Pieces 1 to 3 are timed with all threads, and pieces 3 to 6 with half of them. A limit
-        # stays until the next one is set.
         step = len(times) % 50
         if step == 1:
-            blas.limit(limits=all_threads)
+            blas.limit(limits=all_threads)  # for the next two pieces
         if step == 3:
-            blas.limit(limits=half)
+            blas.limit(limits=half)  # for the next three
         if step == 6:
             seconds = np.diff(times[-6:])
-            is_quiet = seconds[:2].min() < seconds[2:].min()
-            blas.limit(limits=all_threads if is_quiet else half)
+            all_are_faster = seconds[:2].min() < seconds[2:].min()
+            blas.limit(limits=all_threads if all_are_faster else half)
 
     return show
 
@@ -747,7 +745,7 @@ def print_help(main, signature):
 def parse_words(words, signature):
     """Return the arguments that Fire finds in the words, for a function with this signature.
 
-    They are strings. What people type is in tests/test_command.py.
+    They are strings. Examples of what people type are in tests/test_command.py.
     """
     import fire
 
@@ -758,11 +756,13 @@ def parse_words(words, signature):
 
     command.__signature__ = signature
     fire.decorators.SetParseFn(str)(command)  # Otherwise the prompt 42 would arrive as a number.
-    # A flag that is off by default takes no value, but Fire would take the next word. All other
-    # flags take one, but without one, Fire would take "True".
+    # A flag that is off by default takes no value, but Fire would take the next word for one. So it
+    # gets the value True here.
     switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
     words = [f"{word}=True" if word in switches else word for word in words]
-    for word, next_word in itertools.pairwise([*words, "--"]):
+    # All other flags need a value. If another flag or the end comes next, Fire would take "True".
+    end = "--"
+    for word, next_word in itertools.pairwise([*words, end]):
         is_flag = word.startswith("-") and word.strip("-").replace("-", "_") in signature.parameters
         if is_flag and next_word.startswith("--"):
             raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
