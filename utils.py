@@ -43,7 +43,7 @@ SHA256 = {  # of the tokenizer, which is the same for all sizes
 }
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 MAX_REQUESTS = 20  # for each file; if the connection breaks, the next request is for the rest
-BUNDLED = "The bundled model, 1M, needs no network."
+BUNDLED = "Check the address and the network. The bundled model, 1M, needs no network."
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
 
