@@ -9,9 +9,9 @@ from pathlib import Path
 import regex
 
 END_OF_TEXT = "<|endoftext|>"
-# A text is cut into words first, because no token reaches from one word into the next. A word is
-# an ending such as 's, or a run of letters, of digits or of other signs, with the space before it.
-# In a run of white space, the last character is left for the word that follows.
+# A text is cut into words first, and each word into tokens. A word is an ending such as 's, or a
+# run of letters, of digits or of other signs, with the space before it. A run of white space before
+# a word leaves its last character for that word.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -93,7 +93,7 @@ class Encoder:
         ids = []
         for piece in cut(text, found_first):
             # A token that was found is not cut again, even if the name of another one is in it.
-            parts = [piece] if piece in names else cut(piece, found_last)
+            parts = [piece] if piece in found_first else cut(piece, found_last)
             for part in parts:
                 ids += [self.special[part]] if part in names else self.encode_ordinary(part)
         return ids
@@ -186,8 +186,8 @@ def read_tokenizer_json(path, added_ids, named):
     """Return the vocabulary, the merges, the special and the added tokens of a `tokenizer.json`.
 
     Settings that would give other ids in the library `tokenizers` are refused. The tests compare
-    with its ids. All ids come from this file. If it lacks a token in `added_ids` or in `named`,
-    `check_vocabulary` raises.
+    the ids with those of that library. All ids come from this file. If it lacks a token that is in
+    `added_ids` or in `named`, `check_vocabulary` raises.
     """
     content = read_json(path)
     model, pre_tokenizer = content["model"], content["pre_tokenizer"]
@@ -206,10 +206,10 @@ def read_tokenizer_json(path, added_ids, named):
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # There are two kinds: tokens that are "normalized" are found last, and all others first. The
-    # flag "special" only counts if "normalized" is missing.
+    # Tokens that are "normalized" are found last, and all others first. If an entry does not say
+    # whether its token is normalized, it is normalized unless it is special.
     found_last = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
-    # A token that only another file names is kept here, so that `check_vocabulary` refuses it.
+    # The names from other files are kept, so that `check_vocabulary` refuses those without an id.
     names = named | added_ids.keys() | ids.keys()
     found_first = names - found_last
     # Older files have each merge as one string.
@@ -288,8 +288,10 @@ def check_vocabulary(path, vocabulary, merges, names):
 def require(where, settings, **wanted):
     """Raise UserError if a setting is there and is not as wanted."""
     for name, value in wanted.items():
-        found = settings.get(name, value)
-        both_are_off = not found and not value  # For False, a file may have null or "".
+        if name not in settings:
+            continue
+        found = settings[name]
+        both_are_off = not found and not value  # In a file, null, "" and false mean the same.
         if found != value and not both_are_off:
             raise UserError(f"{where}: {name} must be {value!r}, not {reprlib.repr(found)}")
 

@@ -47,17 +47,18 @@ before. In 124M, with a prompt of 7 tokens:
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
     logits, after the last token only   [1, 50257]      [1, 50257]
 
-The sixty lines are the code before `main`, without comments. They run on JAX, if
-`import jax.numpy as np` takes the place of the line below. JAX is a library with NumPy's functions,
-which can also compile a function, run it on a batch of inputs, and compute its gradient. To do so,
-it calls the function with placeholders in place of the arrays. `gpt2` without a cache allows that.
-With a cache it does not, because `mha` cannot write placeholders into it. The cache is NumPy's,
-because JAX's own arrays cannot be written into.
+The sixty lines are the code before `main`, without comments. They also run on JAX, if
+`import jax.numpy as np` takes the place of the line below. JAX is a library with NumPy's functions.
+It can also compile a function, run it on many inputs at once, and compute its gradient. For these
+three, it calls the function with placeholders in place of the arrays. `gpt2` allows that without a
+cache. With a cache it does not, because `mha` cannot write placeholders into an array. So `stream`,
+which uses a cache, runs on JAX without these three, and its cache is NumPy's, because JAX's own
+arrays cannot be written into.
 """
 
 import numpy as np
 
-# --- Layers: each of these functions works on every row by itself ---
+# --- Layers: each of these functions treats each row by itself ---
 
 
 def gelu(x):
@@ -132,7 +133,7 @@ def attention(q, k, v, mask):
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
     product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Without dividing by it, `exp` would often give one key all the weight.
+    as far as the root of d. Undivided, the largest score would often give its key all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -144,9 +145,9 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
     says what the row has to offer. The value is what goes to the rows whose query matches the key.
     For example, the query of a verb may look for its subject. Then the key of a noun before it may
-    match, and the noun's value goes to the verb. Each vector is cut into `n_head` pieces of d
-    numbers, the query, key and value of each head. So each head can look for something different.
-    `c_proj` mixes what they found.
+    match, and the noun's value goes to the verb. All three are cut into `n_head` pieces of d
+    numbers. So each head has a query, a key and a value of its own, and can look for something
+    different. `c_proj` mixes what the heads found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
     keys and values of earlier tokens come first, and `mha` writes those of `x` after them. The
@@ -187,21 +188,21 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     the probability of a text need every row, but only the last one decides on the next token.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
-    `[n_ctx, n_embd]` for its position. Otherwise, the last row would get the same from attention in
-    the first block if the tokens before it were shuffled, because an average has no order.
+    `[n_ctx, n_embd]` for its position. Without it, attention in the first block would add the same
+    to the last row in whatever order the tokens before it came, because an average has no order.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
-    to one scale. The same `wte` serves to read tokens and to score them, because training makes the
-    dot product large if two rows describe the same token.
+    to one scale. Training makes the dot product large if two rows describe the same token. So one
+    `wte` serves both to read tokens and to score them, which saves a second table.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # For NumPy, `wte[inputs]` would do. But JAX's placeholders cannot index `wte` if it is an array
-    # of NumPy's. JAX's `take` can do that, but it accepts no list: hence `asarray`.
+    # For NumPy, `wte[inputs]` would do. But a placeholder of JAX cannot index a NumPy array, while
+    # JAX's `take` can take from one. It accepts no list, though: hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -215,9 +216,9 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     """Sample an id, by the probabilities that softmax makes of one row of logits `[n_vocab]`.
 
     First, only the `top_k` likeliest ids stay. Then their logits are divided by the temperature:
-    below 1, likely ids become even likelier, and above 1, unlikely ids get more of a chance. Last,
-    only the likeliest of these ids stay: the fewest whose probabilities add up to `top_p` or more,
-    or one id if `top_p` is 0. `random` is a random generator of NumPy's.
+    below 1, likely ids become even likelier, and above 1, unlikely ids get more of a chance. After
+    that, only the likeliest of these ids stay: the fewest whose probabilities add up to `top_p` or
+    more, or one id if `top_p` is 0. `random` is a random generator of NumPy.
 
     >>> logits, random = np.array([1.0, 4.0, 3.0, 0.0]), np.random.default_rng(1)
     >>> [sample(logits, random, temperature=0.8, top_k=2) for _ in range(10)]
@@ -226,7 +227,7 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float32 loses tiny ones
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float32 loses tiny shares
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
     # its probability. `argmax` finds the first True, which is the part with a random point in it.
@@ -237,8 +238,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     """Yield the ids that follow `inputs`, one by one; by default until the context is full.
 
     `pick` gets the logits `[n_vocab]` and returns an id. The default, `np.argmax`, is greedy: it
-    takes the likeliest. The cache spares the model from reading a token twice. For 1,024 tokens in
-    124M, it takes 72 MiB: 12 blocks x 2 (keys and values) x 1,024 x 768 numbers x 4 bytes.
+    takes the likeliest. The cache, 72 MiB for 1,024 tokens in 124M, saves reading a token twice.
 
     Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
     `wte`, if `n_tokens_to_generate` is below 0, or if prompt and new tokens exceed the context.
@@ -293,7 +293,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     pick = picker(sample, temperature, top_k, top_p, seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
-    # begins a text (`encoder.bos` lists it, for an empty prompt) and ends one (`encoder.eos`).
+    # begins a text if the prompt is empty (`bos`: beginning of sequence) and ends one (`eos`: end).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
     ids = takewhile(lambda id: id not in encoder.eos, new)

@@ -43,7 +43,7 @@ SHA256 = {  # of the tokenizer, which is the same for all sizes
 }
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 MAX_REQUESTS = 20  # for each file; if the connection breaks, the next request is for the rest
-BUNDLED = "Check the address and the network. The bundled model, 1M, needs no network."
+BUNDLED = "The bundled model, 1M, needs no network: add --model_size 1M."
 
 # --- Load: from a folder to the tokenizer, the sizes and the parameters ---
 
@@ -66,6 +66,10 @@ FIXED = {
 # NumPy's names for the types of the two formats. NumPy has no bfloat16: it is read as uint16.
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors
 DTYPES |= {1: "<f4", 19: "<f2", 14: "<u2"}  # TensorFlow: DT_FLOAT, DT_HALF, DT_BFLOAT16
+
+
+# A tensor in a file: where it is, and its bytes as an array.
+Tensor = collections.namedtuple("Tensor", "path dtype shape data")
 
 
 def load_encoder_hparams_and_params(model_size, models_dir):
@@ -239,16 +243,17 @@ def read_tensor(table, name, *shape):
     """
     if name not in table:
         raise UserError(f"{name} is missing from the weights")
-    path, dtype, stored_shape, data = table[name]
+    tensor = table[name]
     # OpenAI's matrices are stored with a first axis of 1.
-    if dtype not in DTYPES or stored_shape not in ([*shape], [1, *shape]):
-        what = f"{name} is {dtype} {reprlib.repr(stored_shape)}"
+    if tensor.dtype not in DTYPES or tensor.shape not in ([*shape], [1, *shape]):
+        what = f"{name} is {tensor.dtype} {reprlib.repr(tensor.shape)}"
         wanted = f"float32, float16 or bfloat16 {reprlib.repr([*shape])}"
-        raise UserError(f"{path}: {what}, not {wanted}")
-    if data.size != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-        raise UserError(f"{path} is damaged or cut off: {name} is not complete")
-    array = data.view(DTYPES[dtype]).reshape(shape)
-    if DTYPES[dtype] == "<u2":  # bfloat16, which is the upper half of a float32
+        raise UserError(f"{tensor.path}: {what}, not {wanted}")
+    dtype = np.dtype(DTYPES[tensor.dtype])
+    if tensor.data.size != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"{tensor.path} is damaged or cut off: {name} is not complete")
+    array = tensor.data.view(dtype).reshape(shape)
+    if dtype == "<u2":  # bfloat16, which is the upper half of a float32
         array = (array.astype("<u4") << 16).view("<f4")
     array = np.require(array, np.float32, ["ALIGNED"])
     array.flags.writeable = False
@@ -301,10 +306,10 @@ def read_header(path):
             begin, end = entry["data_offsets"]
             dtype = str(entry["dtype"])[:9]  # cut short, because a message may quote it
             name = name.removeprefix("transformer.")
-            table[name] = path, dtype, entry["shape"], numbers[begin:end]
+            table[name] = Tensor(path, dtype, entry["shape"], numbers[begin:end])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
-    if sum(part.size for *_, part in table.values()) != numbers.size:
+    if sum(tensor.data.size for tensor in table.values()) != numbers.size:
         raise UserError(f"{path} is damaged or cut off: its numbers do not end where it ends")
     return table
 
@@ -328,8 +333,8 @@ def huggingface_name(name):
 # protobuf.dev, Encoding. Their fields are in tensorflow/core/protobuf/tensor_bundle.proto.
 
 MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a table
-# `file` is the end of the name of a data file.
-Tensor = collections.namedtuple("Tensor", "dtype shape file start size checksum")
+# An entry of the table. `file` is the end of the name of a data file.
+Entry = collections.namedtuple("Entry", "dtype shape file start size checksum")
 
 
 def find_checkpoint(path):
@@ -350,43 +355,43 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     `tf_ckpt_path` is the path without `.index`. Raises ValueError for a damaged file, and for a
     tensor that is missing or not of the shape that `hparams` ask for.
     """
-    tensors = read_index(f"{tf_ckpt_path}.index")
+    entries = read_index(f"{tf_ckpt_path}.index")
     table = {}
-    for file in {tensor.file for tensor in tensors.values()}:
+    for file in {entry.file for entry in entries.values()}:
         path = f"{tf_ckpt_path}.{file}"
         data = map_file(path)
-        in_file = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
+        in_file = {name: entry for name, entry in entries.items() if entry.file == file}
         if data.size != size_of(in_file):
             raise UserError(f"{path} is damaged or cut off: its size is not the one in the index")
-        for name, tensor in in_file.items():
-            part = data[tensor.start : tensor.start + tensor.size]
-            table[name] = path, tensor.dtype, tensor.shape, part
+        for name, entry in in_file.items():
+            part = data[entry.start : entry.start + entry.size]
+            table[name] = Tensor(path, entry.dtype, entry.shape, part)
     return build_params(hparams, lambda name, *shape: read_tensor(table, f"model/{name}", *shape))
 
 
-def size_of(tensors):
+def size_of(entries):
     """Return the size in bytes of the file that these tensors fill."""
-    return max((tensor.start + tensor.size for tensor in tensors.values()), default=0)
+    return max((entry.start + entry.size for entry in entries.values()), default=0)
 
 
 def read_index(path):
-    """Return the `Tensor` for each name in a table.
+    """Return the `Entry` for each name in a table.
 
     Raises UserError if a checksum is wrong, or anything else is not as TensorFlow writes it.
     """
     data = Path(path).read_bytes()
     try:
         # Not all names are UTF-8. In Latin-1, every byte is a character.
-        entries = {key.decode("latin-1"): read_fields(value) for key, value in read_table(data)}
+        table = {key.decode("latin-1"): read_fields(value) for key, value in read_table(data)}
         # The entry without a name has the number of data files in its field 1.
-        n_files = integer(entries.pop(""), 1)
-        return {name: read_entry(entry, n_files) for name, entry in entries.items()}
+        n_files = integer(table.pop(""), 1)
+        return {name: read_entry(fields, n_files) for name, fields in table.items()}
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
 
 
 def read_entry(fields, n_files):
-    """Turn the fields of a BundleEntryProto into a `Tensor`.
+    """Turn the fields of a BundleEntryProto into an `Entry`.
 
     Its fields are 1 type, 2 shape, 3 number of the file, 4 first byte, 5 size in bytes, 6 checksum,
     and 7 partitions. A shape has a message for each axis in its field 2, with the size in field 1.
@@ -398,7 +403,7 @@ def read_entry(fields, n_files):
         raise ValueError("a tensor has no type, or it is in a file that does not exist")
     if fields[7]:
         dtype = "in partitions"  # `read_tensor` refuses it, like any type that it does not know.
-    return Tensor(dtype, shape, f"data-{n_file:05}-of-{n_files:05}", start, size, checksum)
+    return Entry(dtype, shape, f"data-{n_file:05}-of-{n_files:05}", start, size, checksum)
 
 
 def read_table(data):
@@ -557,40 +562,42 @@ def receive_all(url, part, min_size):
 def receive(url, part, min_size):
     """Request the rest of a file, and append it to `part`. Return whether the file is complete.
 
-    The file has at least `min_size` bytes. (The server may not say how many.) Raises OSError if
-    another request would not help. The comments say what a server may do, and the server in
-    tests/test_download.py does all of it.
+    The file has at least `min_size` bytes, which counts if the server does not tell its size.
+    Raises OSError if another request would not help. The comments say what a server may do, and the
+    server in tests/test_download.py does all of it.
     """
     import urllib3
     from tqdm import tqdm
 
-    with open(part, "ab") as file, new_session(url) as session:
-        n_old = file.tell()  # the bytes that are in the part already
+    part.touch()
+    with open(part, "r+b") as file, new_session(url) as session:
         # If the part is complete, a request from its end would be an error. So its last byte is
         # requested again.
-        requested = max(n_old - 1, 0)
+        requested = max(part.stat().st_size - 1, 0)
         headers = {"Accept-Encoding": "identity"}
         if requested:
             headers["Range"] = f"bytes={requested}-"
         response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
         if response.status_code not in (200, 206, 416):
             raise OSError(f"the server answered {response.status_code}")
+        if response.status_code == 416:  # The part is longer than the file.
+            file.truncate(0)
+            return False
         # With status 200, the whole file comes, whatever was requested.
         start = requested if response.status_code == 206 else 0
-        n_bytes = response.raw.length_remaining  # None if the server does not say it
-        end = max(min_size, start + (n_bytes or 0))
-        if response.status_code == 416 or (n_bytes is not None and n_old > end):
-            file.truncate(0)  # The part is longer than the file.
-            return False
-        n_again = n_old - start  # So many of the bytes that come are in the part already.
-        with tqdm.wrapattr(file, "write", end, desc=part.stem, initial=n_old) as out:
+        n_bytes = response.raw.length_remaining or 0  # None if the server does not tell it
+        size = max(min_size, start + n_bytes)
+        file.seek(start)
+        with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
             try:
                 while chunk := response.raw.read1(1 << 16):
-                    out.write(chunk[n_again:])
-                    n_again = max(n_again - len(chunk), 0)
+                    out.write(chunk)
             except urllib3.exceptions.HTTPError:  # The connection broke.
                 return False
-        return file.tell() >= end
+        if file.tell() < size:
+            return False
+        file.truncate()  # A part that was longer than the file ends here.
+        return True
 
 
 def new_session(url):
@@ -658,6 +665,7 @@ def command_line(main):
         status = "There is not enough memory."
     except (OSError, UserError) as error:
         status = str(error)
+    # End the line after Ctrl-C, and print what is still in the buffer.
     try:
         print(end="\n" if status == 130 else "", flush=True)
     except OSError:  # The pipe is closed, or the disk is full. At exit, Python would try again.
@@ -699,35 +707,47 @@ def read_arguments(main):
 def new_show():
     """Return a function that prints the pieces of a text, and finds the best number of threads.
 
-    OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
-    waits for the last part. If another program keeps one processor busy, every product waits. Half
-    of the threads leave room for that program. So two tokens are timed with all threads, and three
-    with half of them, and the faster number is kept. Every 50 tokens, this is done again. A number
-    that the user has set in the environment is kept.
+    A number of threads that the user has set in the environment is kept.
     """
     if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         return functools.partial(print, end="", flush=True)
+    tuner = tune_threads()
+
+    def show(piece):
+        print(piece, end="", flush=True)
+        next(tuner)
+
+    return show
+
+
+def tune_threads():
+    """Use all threads or half of them, whichever is faster; call `next` on this for each token.
+
+    OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
+    waits for the last part. If another program keeps one processor busy, every product waits. Half
+    of the threads leave room for that program. Both are timed again every 50 tokens.
+    """
     import threadpoolctl
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
     all_threads = max((library["num_threads"] for library in blas.info()), default=1)
     half = max(all_threads // 2, 1)
-    times = []  # when the pieces came
 
-    def show(piece):
-        print(piece, end="", flush=True)
-        times.append(time.perf_counter())
-        step = len(times) % 50
-        if step == 1:
-            blas.limit(limits=all_threads)  # for the next two pieces
-        if step == 3:
-            blas.limit(limits=half)  # for the next three
-        if step == 6:
-            seconds = np.diff(times[-6:])
-            all_are_faster = seconds[:2].min() < seconds[2:].min()
-            blas.limit(limits=all_threads if all_are_faster else half)
+    def least_seconds(n_threads, n_tokens):
+        blas.limit(limits=n_threads)  # until the next limit is set
+        seconds = []
+        for _ in range(n_tokens):
+            start = time.perf_counter()
+            yield  # until the next token is there
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
-    return show
+    while True:
+        with_all = yield from least_seconds(all_threads, 2)
+        with_half = yield from least_seconds(half, 3)
+        blas.limit(limits=all_threads if with_all < with_half else half)
+        for _ in range(45):
+            yield
 
 
 def print_help(main, signature):
@@ -749,6 +769,7 @@ def parse_words(words, signature):
     """
     import fire
 
+    words = complete_flags(words, signature)
     arguments = {}
 
     def command(*args, **flags):
@@ -756,16 +777,6 @@ def parse_words(words, signature):
 
     command.__signature__ = signature
     fire.decorators.SetParseFn(str)(command)  # Otherwise the prompt 42 would arrive as a number.
-    # A flag that is off by default takes no value, but Fire would take the next word for one. So it
-    # gets the value True here.
-    switches = {f"--{p.name}" for p in signature.parameters.values() if p.default is False}
-    words = [f"{word}=True" if word in switches else word for word in words]
-    # All other flags need a value. If another flag or the end comes next, Fire would take "True".
-    end = "--"
-    for word, next_word in itertools.pairwise([*words, end]):
-        is_flag = word.startswith("-") and word.strip("-").replace("-", "_") in signature.parameters
-        if is_flag and next_word.startswith("--"):
-            raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
     # Words after the last -- are options of Fire. For Fire, the word - separates two commands, but
     # here, - is a prompt. So the separator is a character that no word can have.
     words += ["--", "--separator=\0"]
@@ -777,6 +788,23 @@ def parse_words(words, signature):
         advice = "If a text has several words, put it in quotes."
         raise UserError(f"{fault}\n{advice} See python {sys.argv[0]} --help.") from None
     return arguments
+
+
+def complete_flags(words, signature):
+    """Return the words, with =True after each flag that is only on or off.
+
+    Otherwise, Fire would take the next word for its value. Any other flag without a value is a
+    UserError, because Fire would give it the value True.
+    """
+    completed, end = [], "--"
+    for word, next_word in itertools.pairwise([*words, end]):
+        name = word.strip("-").replace("-", "_") if word.startswith("-") else ""
+        if name in signature.parameters and signature.parameters[name].default is False:
+            word += "=True"
+        elif name in signature.parameters and next_word.startswith("--"):
+            raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
+        completed.append(word)
+    return completed
 
 
 def shell_signature(main):

@@ -126,7 +126,7 @@ print(*{{library["num_threads"] for library in threadpoolctl.threadpool_info()}}
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two processors")
 def test_the_command_uses_half_of_the_threads_if_that_is_faster():
     def threads(*seconds, **settings):
-        code = THREADS.format([0, *seconds])
+        code = THREADS.format([step for second in seconds for step in (0, second)])
         return int(run(code=("-c", code), **{"OPENBLAS_NUM_THREADS": None} | settings).out)
 
     every = threads(9, 2, 3, 3, 9)  # seconds for two tokens with all threads, and three with half
