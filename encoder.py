@@ -10,8 +10,8 @@ import regex
 
 END_OF_TEXT = "<|endoftext|>"
 # A text is cut into words first, and each word into tokens. A word is an ending such as 's, or a
-# run of letters, of digits or of other signs, with the space before it. A run of white space before
-# a word leaves its last character for that word.
+# run of letters, of digits or of other signs, with the space before it. So a run of white space
+# before a word is cut before its last character, which may be that space.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -265,7 +265,7 @@ def check_vocabulary(path, vocabulary, merges, names):
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
         raise UserError(f"{path} does not number its tokens from 0 on without a gap")
     if any(not isinstance(token, str) for token in names):
-        raise UserError(f"{path}: an added token must be a text")
+        raise UserError(f"{path}: an added token must be a string")
     for token in names - vocabulary.keys() - {""}:
         raise UserError(f"{path} has no token {reprlib.repr(token)}, but a file beside it names it")
     problem = f"{path}: its tokens and its merges do not belong together"

@@ -55,12 +55,12 @@ HPARAMS = {
 # Hugging Face's defaults for them.
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 # Settings that change what a model computes, each with the only value that `gpt2` supports. None
-# means that it must not be set. The last two are other names for n_head and n_layer. A number under
-# these other names would not be read.
+# means that it must not be set.
 FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
     "scale_attn_by_inverse_layer_idx": False, "quantization_config": None,
+    # Other names for n_head and n_layer. The numbers under these names would not be read.
     "num_attention_heads": None, "num_hidden_layers": None,
 }  # fmt: skip
 # NumPy's names for the types of the two formats. NumPy has no bfloat16: it is read as uint16.
@@ -346,7 +346,7 @@ def find_checkpoint(path):
     if not latest:
         raise UserError(f"{path} names no checkpoint")
     name = re.split(r"[/\\]", latest[1])[-1]
-    return path.parent / name[:100]  # cut short, because a message may quote it
+    return path.parent / name[:255]  # No name of a file is longer, and a message may quote it.
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -397,7 +397,8 @@ def read_entry(fields, n_files):
     and 7 partitions. A shape has a message for each axis in its field 2, with the size in field 1.
     """
     dtype, n_file, start, size, checksum = (integer(fields, i) for i in (1, 3, 4, 5, 6))
-    axes = read_fields(fields[2][0])[2]
+    shape_message = fields[2][0]
+    axes = read_fields(shape_message)[2]
     shape = [integer(read_fields(axis), 1) for axis in axes]
     if dtype == 0 or n_file >= n_files:
         raise ValueError("a tensor has no type, or it is in a file that does not exist")
@@ -434,8 +435,9 @@ def read_block(data, start, size):
     not compressed, and 4 bytes, which are the checksum of the block and that byte.
     """
     end = start + size
+    block_and_byte = data[start : end + 1]
     checksum = int.from_bytes(data[end + 1 : end + 5], "little")
-    if masked_crc32c(data[start : end + 1]) != checksum:
+    if masked_crc32c(block_and_byte) != checksum:
         raise ValueError("a checksum is wrong")
     if data[end] != 0:
         raise ValueError("a block is compressed")
@@ -495,7 +497,7 @@ def read_varint(stream):
 
 
 def masked_crc32c(data):
-    """Return the checksum of some bytes as LevelDB stores it: rotated, and with a constant."""
+    """Return the checksum of some bytes as LevelDB stores it: rotated, plus a constant."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
@@ -540,7 +542,7 @@ def fetch(url, path):
         min_size = size_of(read_index(path.with_name(INDEX)))
     try:
         receive_all(url, part, min_size)
-    except (OSError, ValueError) as error:  # The second is for nonsense in the headers.
+    except (OSError, OverflowError, ValueError) as error:  # The last two: nonsense in the headers.
         reason = str(error)[:300]  # A server can make it long.
         raise OSError(f"{url} did not arrive in {part}: {reason}\n{BUNDLED}") from None
     try:
@@ -569,35 +571,42 @@ def receive(url, part, min_size):
     import urllib3
     from tqdm import tqdm
 
-    part.touch()
-    with open(part, "r+b") as file, new_session(url) as session:
+    with open(part, "ab") as file, new_session(url) as session:
+        n_have = file.tell()  # The part has this many bytes already.
         # If the part is complete, a request from its end would be an error. So its last byte is
         # requested again.
-        requested = max(part.stat().st_size - 1, 0)
+        requested = max(n_have - 1, 0)
         headers = {"Accept-Encoding": "identity"}
         if requested:
             headers["Range"] = f"bytes={requested}-"
         response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
         if response.status_code not in (200, 206, 416):
             raise OSError(f"the server answered {response.status_code}")
-        if response.status_code == 416:  # The part is longer than the file.
-            file.truncate(0)
-            return False
         # With status 200, the whole file comes, whatever was requested.
         start = requested if response.status_code == 206 else 0
-        n_bytes = response.raw.length_remaining or 0  # None if the server does not tell it
-        size = max(min_size, start + n_bytes)
-        file.seek(start)
-        with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start) as out:
+        sent = response.headers.get("Content-Range", f"bytes {start}-")
+        if not sent.startswith(f"bytes {start}-") and response.status_code == 206:
+            raise OSError("the server sent another part of the file")
+        n_bytes = response.raw.length_remaining  # None if the server does not tell it
+        size = max(min_size, start + (n_bytes or 0))
+        is_too_long = n_bytes is not None and n_have > size
+        if is_too_long or response.status_code == 416:
+            file.truncate(0)  # The part is longer than the file.
+            return False
+        with tqdm.wrapattr(file, "write", size, desc=part.stem, initial=n_have) as out:
             try:
-                while chunk := response.raw.read1(1 << 16):
+                for chunk in read_chunks(response.raw, n_have - start):
                     out.write(chunk)
             except urllib3.exceptions.HTTPError:  # The connection broke.
                 return False
-        if file.tell() < size:
-            return False
-        file.truncate()  # A part that was longer than the file ends here.
-        return True
+        return file.tell() >= size
+
+
+def read_chunks(stream, n_skipped):
+    """Yield what comes in a stream, without its first `n_skipped` bytes."""
+    while chunk := stream.read1(1 << 16):
+        yield chunk[n_skipped:]
+        n_skipped = max(n_skipped - len(chunk), 0)
 
 
 def new_session(url):
@@ -670,7 +679,7 @@ def command_line(main):
         print(end="\n" if status == 130 else "", flush=True)
     except OSError:  # The pipe is closed, or the disk is full. At exit, Python would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
 
 
 def use_utf_8():
@@ -711,7 +720,9 @@ def new_show():
     """
     if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         return functools.partial(print, end="", flush=True)
-    tuner = tune_threads()
+    import threadpoolctl
+
+    tuner = tune_threads(threadpoolctl.ThreadpoolController().select(user_api="blas"))
 
     def show(piece):
         print(piece, end="", flush=True)
@@ -720,16 +731,14 @@ def new_show():
     return show
 
 
-def tune_threads():
+def tune_threads(blas):
     """Use all threads or half of them, whichever is faster; call `next` on this for each token.
 
     OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
     waits for the last part. If another program keeps one processor busy, every product waits. Half
-    of the threads leave room for that program. Both are timed again every 50 tokens.
+    of the threads leave room for that program. Both are timed again every 50 tokens. The least time
+    of two or three tokens counts, because the first one after a change may be slow.
     """
-    import threadpoolctl
-
-    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
     all_threads = max((library["num_threads"] for library in blas.info()), default=1)
     half = max(all_threads // 2, 1)
 
@@ -790,18 +799,21 @@ def parse_words(words, signature):
     return arguments
 
 
+FLAG = r"--?[a-zA-Z][\w-]*"  # a word such as --seed or -s
+
+
 def complete_flags(words, signature):
     """Return the words, with =True after each flag that is only on or off.
 
     Otherwise, Fire would take the next word for its value. Any other flag without a value is a
     UserError, because Fire would give it the value True.
     """
-    completed, end = [], "--"
+    switches = {name for name, p in signature.parameters.items() if p.default is False}
+    completed, end = [], "--end"
     for word, next_word in itertools.pairwise([*words, end]):
-        name = word.strip("-").replace("-", "_") if word.startswith("-") else ""
-        if name in signature.parameters and signature.parameters[name].default is False:
+        if re.fullmatch(FLAG, word) and word.strip("-").replace("-", "_") in switches:
             word += "=True"
-        elif name in signature.parameters and next_word.startswith("--"):
+        elif re.fullmatch(FLAG, word) and re.match(FLAG, next_word):
             raise UserError(f"{word} needs a value. See python {sys.argv[0]} --help.")
         completed.append(word)
     return completed
@@ -859,7 +871,9 @@ def encode_prompt(prompt, encoder, hparams, n_new):
     room = hparams["n_ctx"] - len(ids)
     if n_new > room:
         context = f"the context of this model has {hparams['n_ctx']:,}"
-        advice = f"n_tokens_to_generate may be {room:,} at most." if room > 0 else "Shorten it."
+        advice = "Shorten the prompt."
+        if room > 0:
+            advice = f"n_tokens_to_generate may be {room:,} at most."
         raise UserError(f"The prompt has {len(ids):,} tokens, and {context}. {advice}")
     return ids
 

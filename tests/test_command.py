@@ -34,7 +34,7 @@ MISTAKES = {  # what is typed, and the words of the message
     NINE: ["put it in quotes"],
     "x --model_size 117M": ["must be 124M, 355M, 774M, 1558M, or a folder in", "'117M'"],
     "x --n_tokens_to_generate 256 --model_size 1M": ["has 1 tokens", "has 256", "be 255 at most"],
-    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten it"],
+    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten the prompt"],
 }
 SAMPLING = {
     "": {},
