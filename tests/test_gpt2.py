@@ -52,17 +52,14 @@ def sampler(seed=0):
     return functools.partial(sample, random=np.random.default_rng(seed), temperature=3.0)
 
 
-STARTS = [(1, list), (2, np.array), (7, tuple), (15, list), (16, list)]
-
-
-@pytest.mark.parametrize(("n_prompt", "kind"), STARTS)
-def test_generate_equals_the_plain_loop_up_to_the_last_position(small, n_prompt, kind):
+@pytest.mark.parametrize("n, kind", [(1, np.array), (7, tuple), (15, list), (16, list)])
+def test_generate_equals_the_plain_loop_up_to_the_last_position(small, n, kind):
     params, n_head, ids = small
-    looped, pick = ids[:n_prompt], sampler()
+    looped, pick = ids[:n], sampler()
     while len(looped) < 16:
         looped.append(pick(gpt2.gpt2(looped, **params, n_head=n_head)[-1]))
-    new = generate(kind(ids[:n_prompt]), params, n_head, 16 - n_prompt, sampler())
-    assert new == looped[n_prompt:]
+    new = generate(kind(ids[:n]), params, n_head, 16 - n, sampler())
+    assert new == looped[n:]
     assert len(set(looped)) > 8  # The text does not repeat itself.
 
 

@@ -512,10 +512,8 @@ def test_a_token_without_a_row_is_an_error_when_it_is_used(saved):
 
 
 ENDS = [  # eos and bos in generation_config.json, and in config.json, and what they become
-    ({}, {}, {299}, [299]),
     ({}, {"eos_token_id": 5, "bos_token_id": 6}, {5}, [6]),
     ({}, {"eos_token_id": [5, 7, 999], "bos_token_id": 50256}, {5, 7}, [299]),
-    ({}, {"eos_token_id": 999}, {299}, [299]),
     ({"eos_token_id": 8, "bos_token_id": 9}, {"eos_token_id": 5, "bos_token_id": 6}, {8}, [9]),
     ({"eos_token_id": [8, 9]}, {"eos_token_id": 5, "bos_token_id": 6}, {8, 9}, [6]),
     ({"eos_token_id": 999, "bos_token_id": 999}, {"eos_token_id": 5}, {299}, [299]),

@@ -94,11 +94,6 @@ def test_the_perplexity_is_that_of_hugging_face(examples):
     assert examples[0]["perplexity"] == pytest.approx(recorded, rel=1e-4)
 
 
-def test_functions_that_were_replaced_are_back(readme, examples):
-    assert gpt2_module.gelu is readme[0]["gelu"]
-    assert gpt2_module.attention is examples[0]["attention"]
-
-
 def test_the_weights_of_each_head_are_kept(examples):
     names, _ = examples
     n, weights = len(names["inputs"]), np.array(names["weights"])
