@@ -4,7 +4,7 @@ GPT-2 continues a text. It reads the text as tokens: words, parts of words and p
 often with the space before them, and parts of rare characters. "Hello, world!" is "Hello", ",",
 " world" and "!". Every token in the vocabulary of the model has a number, its id. Here the ids are
 15496, 11, 995 and 0. For a list of ids, the model returns logits: scores that say how well each
-token would fit next. `stream` picks a token by these scores, appends its id, and asks again.
+token would fit next. `stream` picks a token by these scores, adds it to the text, and goes on.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
 which runs through all blocks. A block only adds to it. What it adds is called a residual, because
@@ -133,7 +133,7 @@ def attention(q, k, v, mask):
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
     product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Undivided, the largest score would often give its key all the weight.
+    as far as the root of d. Undivided, one key would often get nearly all the weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -184,8 +184,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     """Return logits `[n_seq, n_vocab]`, but with a cache only the last row of them, `[1, n_vocab]`.
 
-    Row i says how well each token of the vocabulary would fit after `inputs[: i + 1]`. Training and
-    the probability of a text need every row, but only the last one decides on the next token.
+    Row i scores each token of the vocabulary as the next one after the cache and `inputs[: i + 1]`.
+    Training and the probability of a text need every row. The next token needs only the last one.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
     `[n_ctx, n_embd]` for its position. Without it, attention in the first block would add the same
@@ -194,7 +194,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
     to one scale. Training makes the dot product large if two rows describe the same token. So one
-    `wte` serves both to read tokens and to score them, which saves a second table.
+    `wte` serves both to read tokens and to score them.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
