@@ -575,18 +575,7 @@ def receive(url, part, min_size):
         n_have = file.tell()  # The part has this many bytes already.
         # If the part is complete, a request from its end would be an error. So its last byte is
         # requested again.
-        requested = max(n_have - 1, 0)
-        headers = {"Accept-Encoding": "identity"}
-        if requested:
-            headers["Range"] = f"bytes={requested}-"
-        response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
-        if response.status_code not in (200, 206, 416):
-            raise OSError(f"the server answered {response.status_code}")
-        # With status 200, the whole file comes, whatever was requested.
-        start = requested if response.status_code == 206 else 0
-        sent = response.headers.get("Content-Range", f"bytes {start}-")
-        if not sent.startswith(f"bytes {start}-") and response.status_code == 206:
-            raise OSError("the server sent another part of the file")
+        response, start = request_from(session, url, max(n_have - 1, 0))
         n_bytes = response.raw.length_remaining  # None if the server does not tell it
         size = max(min_size, start + (n_bytes or 0))
         is_too_long = n_bytes is not None and n_have > size
@@ -600,6 +589,21 @@ def receive(url, part, min_size):
             except urllib3.exceptions.HTTPError:  # The connection broke.
                 return False
         return file.tell() >= size
+
+
+def request_from(session, url, start):
+    """Request a file from the byte `start` on. Return the answer, and the byte it starts with."""
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    response = session.get(url, headers=headers, stream=True, timeout=(3, 10))
+    if response.status_code not in (200, 206, 416):
+        raise OSError(f"the server answered {response.status_code}")
+    sent = response.headers.get("Content-Range", "")
+    if response.status_code == 206 and sent and not sent.startswith(f"bytes {start}-"):
+        raise OSError("the server sent another part of the file")
+    # With status 200, the whole file comes, whatever was requested.
+    return response, (start if response.status_code == 206 else 0)
 
 
 def read_chunks(stream, n_skipped):
@@ -809,7 +813,7 @@ def complete_flags(words, signature):
     UserError, because Fire would give it the value True.
     """
     switches = {name for name, p in signature.parameters.items() if p.default is False}
-    completed, end = [], "--end"
+    completed, end = [], "--end"  # `end` stands for a flag that is no value of the last word.
     for word, next_word in itertools.pairwise([*words, end]):
         if re.fullmatch(FLAG, word) and word.strip("-").replace("-", "_") in switches:
             word += "=True"
