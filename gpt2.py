@@ -49,11 +49,9 @@ before. In 124M, with a prompt of 7 tokens:
 
 The sixty lines are the code before `main`, without comments. They also run on JAX, if
 `import jax.numpy as np` takes the place of the line below. JAX is a library with NumPy's functions.
-It can also compile a function, run it on many inputs at once, and compute its gradient. For these
-three, it calls the function with placeholders in place of the arrays. `gpt2` allows that without a
-cache. With a cache it does not, because `mha` cannot write placeholders into an array. So `stream`,
-which uses a cache, runs on JAX without these three, and its cache is NumPy's, because JAX's own
-arrays cannot be written into.
+It can also compile a function, run it on many inputs at once, and compute its gradient. All three
+work for `gpt2` without a cache. With a cache they do not, because `mha` writes into it. JAX's own
+arrays cannot be written into, so the cache is a NumPy array, and JAX cannot follow what is in it.
 """
 
 import numpy as np
@@ -133,7 +131,7 @@ def attention(q, k, v, mask):
 
     The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
     product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Undivided, one key would often get nearly all the weight.
+    as far as the root of d. Undivided, one key would often get nearly all the weight by chance.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -158,7 +156,7 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     q, k, v = linear(x, **c_attn).reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)
     if kv is not None:
         kv[:, :, -n_seq:] = k, v  # k into kv[0], v into kv[1]
-        k, v = kv  # [n_head, n_k, d] each
+        k, v = kv  # those of all tokens so far, [n_head, n_k, d] each
     # For three tokens, the mask is [[0, -1e10, -1e10], [0, 0, -1e10], [0, 0, 0]]: for each query, a
     # row with 0 for the keys of its own token and of all before. `np.tri` has 1 where the mask has
     # 0, and 0 elsewhere. Its third argument, n_past, puts as many more ones into each row, because
@@ -173,9 +171,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
 
     Only what `mha` and `ffn` read is normalised, and `x` itself is only added to. So later blocks
     can still use what earlier ones added. This also helps training, which needs the gradient: how
-    the loss, the error of the model, changes with each parameter. It is computed from the last
-    block back to the first, and sums pass it on unchanged. The first GPT normalised the sums. This
-    rescales the gradient in each block, until it may be too large or too small to learn from.
+    the loss, the error of the model, changes with each parameter. The gradient is computed from the
+    last block back to the first, and a sum passes it on unchanged. The first GPT normalised each
+    sum. Normalising divides `x`, and so it divides the gradient too. After many blocks, the
+    gradient may be too large or too small to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -201,8 +200,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # For NumPy, `wte[inputs]` would do. But a placeholder of JAX cannot index a NumPy array, while
-    # JAX's `take` can take from one. It accepts no list, though: hence `asarray`.
+    # For NumPy, `wte[inputs]` would do. But when JAX compiles, `inputs` is only a placeholder, and
+    # a NumPy array has no such index. JAX's `take` can use one, but no list: hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -290,7 +289,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     from utils import encode_prompt, load_encoder_hparams_and_params, number, picker
 
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
-    pick = picker(sample, temperature, top_k, top_p, seed)
+    pick = picker(sample, temperature, top_k, top_p, seed)  # `np.argmax` for temperature 0
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
     # begins a text if the prompt is empty (`bos`: beginning of sequence) and ends one (`eos`: end).
