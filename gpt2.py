@@ -173,8 +173,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     can still use what earlier ones added. This also helps training, which needs the gradient: how
     the loss, the error of the model, changes with each parameter. The gradient is computed from the
     last block back to the first, and a sum passes it on unchanged. The first GPT normalised each
-    sum. Normalising divides `x`, and so it divides the gradient too. After many blocks, the
-    gradient may be too large or too small to learn from.
+    sum. Normalising divides `x` by its spread, and so it divides the gradient too. In the
+    end, it may be too small to learn from, or, if the spreads are below 1, too large.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -201,7 +201,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
     # For NumPy, `wte[inputs]` would do. But when JAX compiles, `inputs` is only a placeholder, and
-    # a NumPy array has no such index. JAX's `take` can use one, but no list: hence `asarray`.
+    # `wte` may still be NumPy's, which has no such index. JAX's `take` has, but it accepts no list:
+    # hence `asarray`.
     x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
@@ -295,7 +296,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     # begins a text if the prompt is empty (`bos`: beginning of sequence) and ends one (`eos`: end).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
-    ids = takewhile(lambda id: id not in encoder.eos, new)
+    ids = takewhile(lambda id: id not in encoder.eos, new)  # a set: other models have several ends
     pieces = []
     for piece in encoder.decode_stream(ids):  # which waits for all parts of a rare character
         show(piece)
