@@ -96,7 +96,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     else:
         hparams = read_hparams(folder / "hparams.json", HPARAMS)
         params = load_gpt2_params_from_tf_ckpt(find_checkpoint(folder / "checkpoint"), hparams)
-    params["wte"] = params["wte"][: len(encoder.encoder)]
+    params["wte"] = params["wte"][: len(encoder.encoder)]  # It can also have fewer rows than that.
     hparams["n_vocab"] = len(params["wte"])
     set_ends(encoder, folder, hparams["n_vocab"])
     return encoder, hparams, params
@@ -244,7 +244,7 @@ def read_tensor(table, name, *shape):
     if name not in table:
         raise UserError(f"{name} is missing from the weights")
     tensor = table[name]
-    # OpenAI's matrices are stored with a first axis of 1.
+    # OpenAI's weights `w` are stored with a first axis of 1.
     if tensor.dtype not in DTYPES or tensor.shape not in ([*shape], [1, *shape]):
         what = f"{name} is {tensor.dtype} {reprlib.repr(tensor.shape)}"
         wanted = f"float32, float16 or bfloat16 {reprlib.repr([*shape])}"
@@ -281,7 +281,7 @@ def read_safetensors(folder):
         raise UserError(f"{index} is damaged: it has no weight_map")
     table = {}
     for name in sorted({*map(str, weight_map.values())}):
-        if name not in os.listdir(folder):  # So it cannot lead to another folder.
+        if name not in os.listdir(folder):  # So the name cannot be a path to another folder.
             raise UserError(f"{index} is damaged: there is no file {reprlib.repr(name)}")
         table |= read_header(folder / name)
     return table
@@ -577,7 +577,7 @@ def receive(url, part, min_size):
         # requested again.
         response, start = request_from(session, url, max(n_have - 1, 0))
         n_bytes = response.raw.length_remaining  # None if the server does not tell it
-        size = max(min_size, start + (n_bytes or 0))
+        size = max(min_size, start + (n_bytes or 0))  # of the whole file, as far as it is known
         is_too_long = n_bytes is not None and n_have > size
         if is_too_long or response.status_code == 416:
             file.truncate(0)  # The part is longer than the file.
@@ -738,7 +738,7 @@ def new_show():
 def tune_threads(blas):
     """Use all threads or half of them, whichever is faster; call `next` on this for each token.
 
-    OpenBLAS, which NumPy uses, cuts each product into as many parts as there are processors, and
+    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors, and
     waits for the last part. If another program keeps one processor busy, every product waits. Half
     of the threads leave room for that program. Both are timed again every 50 tokens. The least time
     of two or three tokens counts, because the first one after a change may be slow.
