@@ -206,8 +206,8 @@ def read_tokenizer_json(path, added_ids, named):
         require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
     entries = content.get("added_tokens", [])
     ids = {entry["content"]: entry["id"] for entry in entries}
-    # In this file, tokens that are "normalized" are found last, as added ones, and all others first,
-    # as special ones. If an entry does not say it, a token is normalized unless it is special.
+    # Tokens that are "normalized" are found last, as added ones, and all others first, as special
+    # ones. If an entry does not say which, a token is normalized unless it is special.
     found_last = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
     # The names from other files are kept, so that `check_vocabulary` refuses those without an id.
     names = named | added_ids.keys() | ids.keys()
@@ -276,7 +276,7 @@ def check_vocabulary(path, vocabulary, merges, names):
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")
-    # The rest are single characters, perhaps an empty token, and unused ones such as [PAD] or <pad>.
+    # The rest are single characters, an empty token, and unused ones such as [PAD] or <pad>.
     for token in vocabulary.keys() - merged - names:
         if not regex.fullmatch(r".?|<.+>|\[.+\]", token):
             raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")

@@ -738,10 +738,10 @@ def new_show():
 def tune_threads(blas):
     """Use all threads or half of them, whichever is faster; call `next` on this for each token.
 
-    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors, and
-    waits for the last part. If another program keeps one processor busy, every product waits. Half
-    of the threads leave room for that program. Both are timed again every 50 tokens. The least time
-    of two or three tokens counts, because the first one after a change may be slow.
+    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors,
+    and waits for the last part. If another program keeps one processor busy, every product waits.
+    Half of the threads leave room for that program. Both are timed again every 50 tokens. The least
+    time of two or three tokens counts, because the first one after a change may be slow.
     """
     all_threads = max((library["num_threads"] for library in blas.info()), default=1)
     half = max(all_threads // 2, 1)
