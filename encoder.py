@@ -272,7 +272,7 @@ def check_vocabulary(path, vocabulary, merges, names):
     if any(len(pair) != 2 for pair in merges):
         raise UserError(f"{problem}: a merge does not have two parts")
     if len({*map(tuple, merges)}) < len(merges):
-        raise UserError(f"{problem}: a merge is there twice")
+        raise UserError(f"{problem}: a merge appears twice")
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")

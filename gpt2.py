@@ -174,7 +174,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     the loss, the error of the model, changes with each parameter. The gradient is computed from the
     last block back to the first, and a sum passes it on unchanged. The first GPT normalised each
     sum. Normalising divides `x` by its spread, and so it divides the gradient too. In the
-    end, it may be too small to learn from, or, if the spreads are below 1, too large.
+    end, the gradient may be too small to learn from, or, if the spreads are below 1, too large.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)

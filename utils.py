@@ -310,7 +310,7 @@ def read_header(path):
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
     if sum(tensor.data.size for tensor in table.values()) != numbers.size:
-        raise UserError(f"{path} is damaged or cut off: its numbers do not end where it ends")
+        raise UserError(f"{path} is damaged or cut off: its numbers do not end where the file ends")
     return table
 
 
@@ -813,7 +813,8 @@ def complete_flags(words, signature):
     UserError, because Fire would give it the value True.
     """
     switches = {name for name, p in signature.parameters.items() if p.default is False}
-    completed, end = [], "--end"  # `end` stands for a flag that is no value of the last word.
+    completed = []
+    end = "--end"  # A flag that is the last word has no value either.
     for word, next_word in itertools.pairwise([*words, end]):
         if re.fullmatch(FLAG, word) and word.strip("-").replace("-", "_") in switches:
             word += "=True"
