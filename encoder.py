@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import reprlib
 from itertools import pairwise
 from pathlib import Path
@@ -39,14 +40,13 @@ def bytes_to_unicode():
 class Encoder:
     """A tokenizer, made of the ids of its tokens, and of the pairs to merge, in order of priority.
 
-    Special and added tokens, such as <|endoftext|>, can be found in a text before it is cut into
-    words: the special ones first, and the added ones in the rest, as in Hugging Face's library
-    `tokenizers`. `bos` are the ids that start a text, and `eos` those that end one. Both are
-    <|endoftext|>, if the vocabulary has it. The loader of a model may set others.
+    Special tokens, such as <|endoftext|>, can be found in a text before it is cut into words. `bos`
+    are the ids that start a text, and `eos` those that end one. Both are <|endoftext|>, if the
+    vocabulary has it. The loader of a model may set others.
 
     >>> merges = [("l", "o"), ("lo", "w"), ("e", "r")]
     >>> tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
-    >>> toy = Encoder({token: id for id, token in enumerate(tokens)}, merges, ["<|endoftext|>"])
+    >>> toy = Encoder({token: id for id, token in enumerate(tokens)}, merges)
     >>> toy.bpe("lower")
     ['low', 'er']
     >>> toy.encode("lower<|endoftext|>", allowed_special="all")
@@ -55,16 +55,14 @@ class Encoder:
     'lower'
     """
 
-    def __init__(self, encoder, bpe_merges, special=(), added=()):
+    def __init__(self, encoder, bpe_merges, special=()):
         self.encoder = encoder
         self.decoder = {id: token for token, id in encoder.items()}
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
-        names = {*special, *added, END_OF_TEXT} - {""}  # An empty name cannot be found in a text.
-        # `special` has the ids of both kinds, and `added` only the names of the second kind.
-        self.special = {token: encoder[token] for token in names & encoder.keys()}
-        self.added = {*added}
+        names = {END_OF_TEXT, *special} & encoder.keys()
+        self.special = {token: encoder[token] for token in names if token}  # not the empty token
         self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
         self.eos = {*self.bos}
         self.cache = {}
@@ -82,24 +80,21 @@ class Encoder:
     def encode(self, text, allowed_special=()):
         """Turn text into ids. By default, <|endoftext|> is plain text, as in OpenAI's code.
 
-        `allowed_special` is a set of special and added tokens, or "all". In the text, these become
-        one id each. If several of one kind begin at one place, the longest is taken. Raises
-        ValueError for a text that cannot be written in UTF-8, and for a byte without a token.
+        `allowed_special` is a set of special tokens, or "all". In the text, these become one id
+        each. If several begin at one place, the longest is taken. Raises ValueError for a text that
+        cannot be written in UTF-8, and for a byte without a token.
         """
         allowed = self.special if allowed_special == "all" else allowed_special
-        names = self.special.keys() & allowed
-        found_last = names & self.added
-        found_first = names - found_last
+        names = sorted(self.special.keys() & allowed, key=len, reverse=True)
+        pattern = "|".join(map(regex.escape, names))
+        pieces = regex.split(f"({pattern})", text) if names else [text]
         ids = []
-        for piece in cut(text, found_first):
-            # A token that was found is not cut again, even if the name of another one is in it.
-            parts = [piece] if piece in found_first else cut(piece, found_last)
-            for part in parts:
-                ids += [self.special[part]] if part in names else self.encode_ordinary(part)
+        for piece in pieces:
+            ids += [self.special[piece]] if piece in names else self.encode_ordinary(piece)
         return ids
 
     def encode_ordinary(self, text):
-        """Turn text into ids, without looking for special and added tokens."""
+        """Turn text into ids, without looking for special tokens."""
         words = regex.findall(PATTERN, text)
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
@@ -132,29 +127,26 @@ class Encoder:
         yield utf_8.decode(b"", final=True)
 
     def token_bytes(self, token):
-        """Return the bytes that a token stands for.
+        """Return the bytes that a token stands for: one byte for each of its characters.
 
-        Most tokens are spelled with one visible character for each byte. Special and added tokens
-        are spelled as they look, and so are unused tokens such as [日本].
+        Two kinds of tokens are spelled as they look: those with a character that stands for no
+        byte, such as [日本], and special tokens whose bytes would not be UTF-8, such as café. A
+        single character is always a byte, which can be a part of a character in UTF-8.
         """
-        if token not in self.special and all(char in self.byte_decoder for char in token):
-            return bytes(self.byte_decoder[char] for char in token)
-        return token.encode("utf-8", "surrogatepass")
-
-
-def cut(text, names):
-    """Cut a text before and after each of these tokens."""
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = "|".join(map(regex.escape, longest_first))
-    return regex.split(f"({pattern})", text) if names else [text]
+        as_it_looks = token.encode("utf-8", "surrogatepass")
+        if any(char not in self.byte_decoder for char in token):
+            return as_it_looks
+        spelled = bytes(self.byte_decoder[char] for char in token)
+        is_utf_8 = spelled.decode("utf-8", "ignore").encode("utf-8") == spelled
+        if token in self.special and len(token) > 1 and not is_utf_8:
+            return as_it_looks
+        return spelled
 
 
 # --- Reading a tokenizer from its folder ---
 
-# The files that can have the vocabulary, in order of priority, and the file that has the merges.
-TOKENIZERS = {"tokenizer.json": None, "vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-# Hugging Face's classes that give GPT-2's ids with these files.
-CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
+# A token that no merge makes is special or unused if it looks like <s> or [PAD].
+LOOKS_SPECIAL = r"<.+>|\[.+\]"
 
 
 def get_encoder(model_name, models_dir):
@@ -162,124 +154,82 @@ def get_encoder(model_name, models_dir):
 
     It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
     OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and `single_word` of added
-    tokens are ignored. Raises FileNotFoundError if the merges are missing, and ValueError if there
-    is no tokenizer, or if it is damaged, or has settings that would change the ids.
+    tokens are ignored. Raises FileNotFoundError if a file is missing, and ValueError if a file is
+    damaged, or has settings that would change the ids.
     """
-    folder = home(Path(models_dir, model_name))
-    found = [folder / name for name in TOKENIZERS if (folder / name).exists()]
-    if not found:
-        kinds = "tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe"
-        raise UserError(f"{folder} has no tokenizer that is understood. It must have {kinds}.")
-    path = found[0]
-    read = read_tokenizer_json if path.name == "tokenizer.json" else read_two_files
-    added_ids = read_json(folder / "added_tokens.json", optional=True)
-    named = read_named_tokens(folder)
-    try:
-        vocabulary, merges, special, added = read(path, added_ids, named)
-        check_vocabulary(path, vocabulary, merges, special | added)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
-    return Encoder(vocabulary, merges, special, added)
+    folder = home(models_dir) / model_name
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path, optional=True)
+    require(path, settings, add_bos_token=False, add_eos_token=False)
+    require(path, settings, add_prefix_space=False, split_special_tokens=False)
+    path = folder / "tokenizer.json"
+    if path.exists():
+        try:
+            return read_tokenizer_json(path)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
+    if (folder / "vocab.json").exists():
+        return read_two_files(folder / "vocab.json", folder / "merges.txt")
+    return read_two_files(folder / "encoder.json", folder / "vocab.bpe")
 
 
-def read_tokenizer_json(path, added_ids, named):
-    """Return the vocabulary, the merges, the special and the added tokens of a `tokenizer.json`.
+def read_tokenizer_json(path):
+    """Read a `tokenizer.json`, the format of the library `tokenizers`.
 
-    Settings that would give other ids in the library `tokenizers` are refused. The tests compare
-    the ids with those of that library. All ids come from this file. If it lacks a token that is in
-    `added_ids` or in `named`, `check_vocabulary` raises.
+    Its special tokens are its `added_tokens`. The tests compare the ids with those of the library.
     """
     content = read_json(path)
-    model, pre_tokenizer = content["model"], content["pre_tokenizer"]
+    model = content["model"]
     require(path, content, normalizer=None)
-    require(path, pre_tokenizer, type="ByteLevel", add_prefix_space=False, use_regex=True)
+    splitter = content["pre_tokenizer"]
+    require(path, splitter, type="ByteLevel", add_prefix_space=False, use_regex=True)
     require(path, content.get("decoder") or {}, type="ByteLevel")
-    require(path, model, dropout=None, ignore_merges=False, byte_fallback=False)
+    require(path, model, type="BPE", dropout=None, ignore_merges=False, byte_fallback=False)
     require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
     processor = content.get("post_processor") or {}
     # A sequence has a list of steps. Any other processor is a single step.
-    steps = processor.get("processors", [processor])
-    for step in steps:
-        where = f"{path}: post_processor {reprlib.repr(step.get('type'))}"
-        # A template adds `special_tokens` to every text. Some other steps add `cls` and `sep`. A
-        # sequence in a sequence is not supported.
-        require(where, step, special_tokens=None, cls=None, sep=None, processors=None)
-    entries = content.get("added_tokens", [])
-    ids = {entry["content"]: entry["id"] for entry in entries}
-    # Tokens that are "normalized" are found last, as added ones, and all others first, as special
-    # ones. If an entry does not say which, a token is normalized unless it is special.
-    found_last = {e["content"] for e in entries if e.get("normalized", not e.get("special"))}
-    # The names from other files are kept, so that `check_vocabulary` refuses those without an id.
-    names = named | added_ids.keys() | ids.keys()
-    found_first = names - found_last
+    for step in processor.get("processors", [processor]):
+        # A step with one of these settings adds tokens to every text, or has steps of its own.
+        require(path, step, special_tokens=None, cls=None, sep=None, processors=None)
+    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return model["vocab"] | ids, merges, found_first, found_last
+    return checked_encoder(path, model["vocab"] | added, merges, added)
 
 
-def read_two_files(path, added_ids, named):
-    """Return the same four parts of `vocab.json` and `merges.txt`, or of OpenAI's two files."""
-    lines = read_text(path.with_name(TOKENIZERS[path.name])).split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    vocabulary = read_json(path) | added_ids
-    return vocabulary, merges, named, added_ids.keys() - named
+def read_two_files(path, merges_path):
+    """Read a vocabulary and its merges, and the `added_tokens.json` beside them, if there is one.
 
-
-def read_named_tokens(folder):
-    """Return the tokens that are named in the settings beside a tokenizer, such as a `pad_token`.
-
-    Hugging Face's library finds these tokens in a text, even if the tokenizer itself does not.
+    Special tokens are the added ones, and those that look so and that no merge makes.
     """
-    values = []
-    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        settings = read_json(path, optional=True)
-        tokenizer_class = str(settings.get("tokenizer_class") or "GPT2Tokenizer")
-        if tokenizer_class not in CLASSES:
-            raise UserError(f"{path}: tokenizer_class {reprlib.repr(tokenizer_class)} is unknown")
-        require(path, settings, add_bos_token=False, add_eos_token=False, add_prefix_space=False)
-        require(path, settings, split_special_tokens=False)
-        for field, value in settings.items():
-            if field.endswith(("_token", "special_tokens", "added_tokens_decoder")):
-                values.append(value)
-    tokens = set()
-    # A value is a string, a dict with the string as its content, or a list or dict of these. What
-    # is in a list or a dict is appended to `values`, and so it comes later in this loop.
-    for value in values:
-        if isinstance(value, str):
-            tokens.add(value)
-        elif isinstance(value, dict) and "content" in value:
-            values.append(value["content"])
-        elif isinstance(value, dict):
-            values += value.values()
-        elif isinstance(value, list):
-            values += value
-    return tokens
+    lines = read_text(merges_path).split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    added = read_json(path.with_name("added_tokens.json"), optional=True)
+    vocabulary = read_json(path) | added
+    not_merged = vocabulary.keys() - {*map("".join, merges)}
+    special = [token for token in not_merged if regex.fullmatch(LOOKS_SPECIAL, token)]
+    return checked_encoder(path, vocabulary, merges, [*special, *added])
 
 
-def check_vocabulary(path, vocabulary, merges, names):
-    """Raise UserError unless the ids have no gap, every merge makes a token, and every token that
-    needs a merge has one. `names` are the special and the added tokens, which need none.
+def checked_encoder(path, vocabulary, merges, special):
+    """Return an `Encoder`, if its vocabulary and its merges belong together.
+
+    Raises UserError unless the ids have no gap, every merge makes a token, and a merge makes every
+    token but single characters and special or unused ones.
     """
     ids = vocabulary.values()
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
         raise UserError(f"{path} does not number its tokens from 0 on without a gap")
-    if any(not isinstance(token, str) for token in names):
-        raise UserError(f"{path}: an added token must be a string")
-    for token in names - vocabulary.keys() - {""}:
-        raise UserError(f"{path} has no token {reprlib.repr(token)}, but a file beside it names it")
     problem = f"{path}: its tokens and its merges do not belong together"
     if any(len(pair) != 2 for pair in merges):
         raise UserError(f"{problem}: a merge does not have two parts")
-    if len({*map(tuple, merges)}) < len(merges):
-        raise UserError(f"{problem}: a merge appears twice")
     merged = {*map("".join, merges)}
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")
-    # The rest are single characters, an empty token, and unused ones such as [PAD] or <pad>.
-    for token in vocabulary.keys() - merged - names:
-        if not regex.fullmatch(r".?|<.+>|\[.+\]", token):
+    for token in vocabulary.keys() - merged - {*special}:
+        if not regex.fullmatch(f".?|{LOOKS_SPECIAL}", token):
             raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")
+    return Encoder(vocabulary, merges, special)
 
 
 # --- Reading files ---
@@ -288,9 +238,7 @@ def check_vocabulary(path, vocabulary, merges, names):
 def require(where, settings, **wanted):
     """Raise UserError if a setting is there and is not as wanted."""
     for name, value in wanted.items():
-        if name not in settings:
-            continue
-        found = settings[name]
+        found = settings.get(name, value)
         both_are_off = not found and not value  # In a file, null, "" and false mean the same.
         if found != value and not both_are_off:
             raise UserError(f"{where}: {name} must be {value!r}, not {reprlib.repr(found)}")
@@ -326,7 +274,4 @@ def read_text(path):
 
 def home(path):
     """Return a path, with the user's home in place of a ~ at its start."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from None
+    return Path(os.path.expanduser(path))

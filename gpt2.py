@@ -200,10 +200,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     n_past, wanted, kvs = 0, slice(None), [None] * len(blocks)
     if cache is not None:
         n_past, wanted, kvs = cache.shape[3] - len(inputs), slice(-1, None), cache
-    # For NumPy, `wte[inputs]` would do. But when JAX compiles, `inputs` is only a placeholder, and
-    # `wte` may still be NumPy's, which has no such index. JAX's `take` has, but it accepts no list:
-    # hence `asarray`.
-    x = np.take(wte, np.asarray(inputs), axis=0) + wpe[n_past : n_past + len(inputs)]
+    x = wte[np.asarray(inputs)] + wpe[n_past : n_past + len(inputs)]
     for block, kv in zip(blocks, kvs, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kv=kv)
     return layer_norm(x[wanted], **ln_f) @ wte.T
@@ -287,10 +284,11 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     """
     from itertools import takewhile
 
-    from utils import encode_prompt, load_encoder_hparams_and_params, number, picker
+    from command import encode_prompt, number, picker
+    from utils import load_encoder_hparams_and_params
 
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
-    pick = picker(sample, temperature, top_k, top_p, seed)  # `np.argmax` for temperature 0
+    pick = picker(sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
     # begins a text if the prompt is empty (`bos`: beginning of sequence) and ends one (`eos`: end).
@@ -305,6 +303,6 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
 
 
 if __name__ == "__main__":
-    from utils import command_line
+    from command import command_line
 
     command_line(main)

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from safetensors.numpy import save_file
 
+from command import command_line
 from encoder import bytes_to_unicode
-from utils import build_params, command_line, huggingface_name, load_encoder_hparams_and_params
+from utils import build_params, huggingface_name, load_encoder_hparams_and_params
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # n_embd, n_head, n_layer of OpenAI's release

@@ -61,27 +61,3 @@ def write_vocabulary(folder, tokens="encoder.json", merges="vocab.bpe"):
     (folder / tokens).write_text(ids, "utf-8")
     lines = ["#version: 0.2", *map(" ".join, MERGES), ""]
     (folder / merges).write_bytes("\n".join(lines).encode())
-
-
-def varint(number):
-    """Write a number with 7 bits in each byte, the lowest first."""
-    low, high = number & 127, number >> 7
-    return bytes([low | 128]) + varint(high) if high else bytes([low])
-
-
-def block_of(entries):
-    """Write a block of LevelDB without shared keys: its bytes, its kind and its checksum."""
-    block = b""
-    for key, value in entries.items():
-        block += varint(0) + varint(len(key)) + varint(len(value)) + key + value
-    block += bytes(4) + b"\1\0\0\0" + b"\0"  # one restart point, and no compression
-    return block + utils.masked_crc32c(block).to_bytes(4, "little")
-
-
-def index_of(entries):
-    """Write a table as TensorFlow does: the checksums are right, whatever stands in the entries."""
-    block = block_of(entries)
-    handle = varint(0) + varint(len(block) - 5)
-    last = block_of({b"z": handle})
-    footer = handle + varint(len(block)) + varint(len(last) - 5)
-    return block + last + footer.ljust(40, b"\0") + utils.MAGIC

@@ -167,6 +167,7 @@ if __name__ == "__main__":
             written = saved(model)
             CHECKPOINT.mkdir(exist_ok=True)
             save(CHECKPOINT, by_name)
+            (CHECKPOINT / "model.ckpt.index").unlink()  # which `utils.py` does not need
             write_vocabulary(CHECKPOINT)
             (CHECKPOINT / "hparams.json").write_text(json.dumps(hparams), "utf-8")
     scores = np.random.RandomState(0).normal(0, 3, (3, 50)).astype(np.float32)
