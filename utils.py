@@ -181,9 +181,7 @@ def map_file(path):
     try:
         return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are faster
     except (OSError, ValueError):  # Some drives cannot map files. An empty file cannot be mapped.
-        content = np.fromfile(path, np.uint8)
-        content.flags.writeable = False
-        return content
+        return np.frombuffer(Path(path).read_bytes(), np.uint8)
 
 
 # --- OpenAI's layout: a checkpoint of TensorFlow ---
@@ -348,19 +346,18 @@ def download_gpt2_files(model_size, model_dir):
     missing = [name for name in FILES if not (folder / name).exists()]
     if not missing:
         return
-    from filelock import FileLock
-
-    url = f"{(os.environ.get('GPT2_BASE_URL') or BASE_URL).rstrip('/')}/{model_size}"
-    print(f"Downloading {model_size} from {url} to {folder}", file=sys.stderr)
+    base = f"{(os.environ.get('GPT2_BASE_URL') or BASE_URL).rstrip('/')}/{model_size}"
+    print(f"Downloading {model_size} from {base} to {folder}", file=sys.stderr)
     with new_session() as session:
-        # A server that does not answer is noticed before anything is written.
-        told = {name: ask(session, f"{url}/{name}") for name in missing}
-        folder.mkdir(parents=True, exist_ok=True)
-        # Only one process downloads. The others wait, and then find the files.
-        with FileLock(folder / ".lock"):
-            for name in missing:
-                if not (folder / name).exists():
-                    fetch(session, f"{url}/{name}", folder / name, *told[name])
+        for name in missing:
+            url = f"{base}/{name}"
+            try:
+                fetch(session, url, folder / name)
+            except (OSError, OverflowError, ValueError) as error:  # the last two for odd headers
+                while inner := error.__cause__ or error.__context__:
+                    error = inner  # The library wraps the real reason into several errors.
+                reason = str(error)[:200]
+                raise OSError(f"{url} did not arrive: {reason}. {BUNDLED}") from None
 
 
 def new_session():
@@ -378,27 +375,6 @@ def new_session():
     return session
 
 
-@contextlib.contextmanager
-def one_line_about(url):
-    """Turn any failure of a download into an OSError of one line, with the reason for it."""
-    try:
-        yield
-    except (OSError, OverflowError, ValueError) as error:  # The last two: nonsense in the headers.
-        # The library `requests` wraps the reason into several errors.
-        while inner := error.__cause__ or error.__context__:
-            error = inner
-        raise OSError(f"{url} did not arrive: {str(error)[:200]}. {BUNDLED}") from None
-
-
-def ask(session, url):
-    """Return the size of a file in bytes, and its MD5 in base64, or None if it is not told."""
-    with one_line_about(url), request(session, "HEAD", url) as response:
-        size = int(response.headers.get("Content-Length", 0))
-        if size < 1:
-            raise OSError("the server does not tell its size")
-        return size, response.headers.get("Content-MD5")
-
-
 def request(session, method, url, start=0):
     """Return the answer to a request for the bytes of a file from `start` on."""
     headers = {"Range": f"bytes={start}-"} if start else {}
@@ -413,10 +389,23 @@ def request(session, method, url, start=0):
     return response
 
 
-def fetch(session, url, path, size, md5):
-    """Download a file under a temporary name, check it, and rename it."""
-    part = path.with_name(f"{path.name}.part")
-    with one_line_about(url):
+def fetch(session, url, path):
+    """Download a file under a temporary name, check it, and rename it.
+
+    Nothing is written before the server has told the size. Only one process downloads. If another
+    one has been faster, the file is there already.
+    """
+    from filelock import FileLock
+
+    told = request(session, "HEAD", url).headers
+    size, md5 = int(told.get("Content-Length", 0)), told.get("Content-MD5")
+    if size < 1:
+        raise OSError("the server does not tell its size")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(".lock")):
+        if path.exists():
+            return
+        part = path.with_name(f"{path.name}.part")
         if not part.exists() or part.stat().st_size > size:
             part.write_bytes(b"")
         for _ in range(MAX_REQUESTS):
@@ -428,11 +417,11 @@ def fetch(session, url, path, size, md5):
         if md5 and md5 != base64.b64encode(digest).decode():
             part.unlink()
             raise OSError("its MD5 is wrong, so it is deleted. Run again to download it again")
-    part.replace(path)
+        part.replace(path)
 
 
 def receive(session, url, part, size):
-    """Request the rest of a file, and append to `part` what comes until the connection breaks."""
+    """Request the rest of a file, and write to `part` what comes until the connection breaks."""
     from requests.exceptions import BaseHTTPError
     from tqdm import tqdm
 

@@ -1,31 +1,29 @@
 """Training: from nothing and from another model, on one device, on several, and in processes."""
 
-import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
 from pathlib import Path
-from subprocess import PIPE, Popen, TimeoutExpired
+from subprocess import PIPE, Popen
 
 import jax
 import numpy as np
 import pytest
-from conftest import BUNDLED, COMMITTED, ROOT, run
+from conftest import ROOT, run
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from encoder import Encoder, bytes_to_unicode, read_text
+from encoder import Encoder, read_text
 from gpt2 import gpt2, main
-from utils import DATA, build_params, load_encoder_hparams_and_params
+from utils import build_params, load_encoder_hparams_and_params
 
 END = "<|endoftext|>"
 FISH = "One fish, two fish, red fish, blue fish.\n"
 VERSE = "O Romeo! why art\nthou, Sweet? Ay: what's\n\nhere, 'tis he; go in, Dame.\nNo more -- no?\n"
-BYTES = Encoder({char: byte for byte, char in bytes_to_unicode().items()}, [])
+FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 LOSSES = r"loss: (\S+) at first, (\S+) at the end.\nHeld-out loss: (\S+) before .*, (\S+) after"
 
 
@@ -38,7 +36,7 @@ def small(train, tmp_path_factory):
     (folder / "text.txt").write_text(text, "utf-8")
     learnt = train.learn_vocabulary(text)
     ids = {token: len(learnt.encoder) + i for i, token in enumerate(["<pad>", "<end>", "<name>"])}
-    encoder = Encoder(learnt.encoder | ids, learnt.bpe_ranks, [END, "<pad>", "<end>"], ["<name>"])
+    encoder = Encoder(learnt.encoder | ids, learnt.bpe_ranks, ids)
     encoder.bos, encoder.eos = [ids["<pad>"]], {ids["<end>"], encoder.special[END]}
     hparams = dict(n_vocab=len(encoder.encoder), n_ctx=32, n_embd=16, n_head=2, n_layer=1)
     params = build_params(hparams, lambda name, *shape: random.normal(0, 0.2, shape))
@@ -71,7 +69,7 @@ def test_any_text_trains_a_model_that_recites_it(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SIZES", {"n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1})
     (tmp_path / "text.txt").write_text(f"{FISH * 40}Red fish swim{FISH.strip() * 40}", "utf-8")
     told = train.main(tmp_path / "text.txt", tmp_path / "fish", steps=40, batch=8, length=16)
-    assert re.search(r"\nAfter prompts as they stand.* the next 16 tokens: \d+ of [1-9]", told)
+    assert re.search(r"\n\d+ of 50 random prompts occur once.* After \d+ of these, the model", told)
     assert main("One fish, two", 10, "fish", str(tmp_path)).startswith(" fish")
 
 
@@ -106,43 +104,14 @@ def test_the_saved_folder_has_hugging_faces_layout_and_all_special_tokens(small)
     ids = tokenizer.encode(text).ids
     assert ids == encoder.encode(text, allowed_special="all")
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert tokenizer.decode(ids) == text.replace(END, "").replace("<pad>", "")  # the special ones
-    assert encoder.added == {"<name>"}
     assert [encoder.decoder[id] for id in encoder.bos] == ["<pad>"]
     assert {encoder.decoder[id] for id in encoder.eos} == {END, "<end>"}
 
 
-REPLACE = "has a model already. Use another folder, or add --replace."
-OTHER_FILES = ["README.md", "ds_config.json", "my_tokens_2024.json", "pytorch_model.bin"]
-OLD_FILES = ["generation_config.json", "special_tokens_map.json", "tokenizer_config.json"]
-OLD_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "model-1.safetensors"]
-
-
-def test_only_replace_replaces_a_model_and_only_its_own_files_go(small, tmp_path):
-    words = (small / "text.txt", tmp_path, "--start", small / "start", "--steps", 1, "--length", 16)
-    for name in ("config.json", *OTHER_FILES, *OLD_FILES, "other.safetensors"):
-        (tmp_path / name).write_text('{"eos_token_id": 7}')
-    parts = {"weight_map": {"a": "model-1.safetensors", "b": "README.md", "c": "../text.txt"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(parts))
-    refused = run(*words, code=("examples/train.py",))
-    assert (refused.returncode, refused.err) == (1, f"{tmp_path} {REPLACE}\n")
-    for replace in (("x", "--replace"), ("--replace", "x")):  # The flag takes no word.
-        assert "Could not consume arg: x" in run(*words, *replace, code=("examples/train.py",)).err
-    assert (tmp_path / "merges.txt").exists()
-    assert run(*words, "--replace", code=("examples/train.py",)).returncode == 0
-    new = ["config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(os.listdir(tmp_path)) == sorted([*new, *OTHER_FILES, "other.safetensors"])
-
-
-@pytest.mark.parametrize("old", [BUNDLED, COMMITTED], ids=["hugging face", "openai"])
-def test_saving_may_die_before_any_change_of_a_file(old, train, small, tmp_path, monkeypatch):
-    """The folder loads as the old model or as the new one, or it says that it is not complete."""
-    monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")  # Nobody answers there.
+def test_saving_may_die_before_any_change_of_a_file(train, small, tmp_path, monkeypatch):
+    """Then no folder has the name of the model, and no part of it is left."""
     encoder, hparams, params = load_encoder_hparams_and_params("start", small)
-    with pytest.raises(AttributeError):  # An incomplete model does not even begin to replace.
-        train.save(tmp_path, encoder, hparams, params | {"wte": "not an array"})
-    assert not os.listdir(tmp_path)
-    real, found, left = {name: getattr(Path, name) for name in ("replace", "unlink")}, [], []
+    real, left = {name: getattr(Path, name) for name in ("mkdir", "write_text", "rename")}, []
 
     def dying(name):
         def change(*args, **options):
@@ -153,56 +122,65 @@ def test_saving_may_die_before_any_change_of_a_file(old, train, small, tmp_path,
 
     for name in real:
         monkeypatch.setattr(Path, name, dying(name))
-    while not found or found[-1] != hparams:
-        folder = shutil.copytree(old, tmp_path / f"{len(found)}" / "124M")
-        left[:] = [None] * len(found)
-        with contextlib.suppress(IndexError):
-            train.save(folder, encoder, hparams, params)
-        try:
-            found.append(load_encoder_hparams_and_params("124M", folder.parent)[1])
-        except ValueError as error:
-            assert "124M is not complete" in str(error)
-            found.append(None)
-        assert (folder / DATA).exists() == (old / DATA).exists()
-    n_old, n_none = found.index(None), found.count(None)
-    before = load_encoder_hparams_and_params(old, None)[1]
-    assert found == [before] * n_old + [None] * n_none + [hparams] and n_none >= 5
+    for n_changes in range(4):
+        left[:] = [None] * n_changes
+        with pytest.raises(IndexError):
+            train.save(tmp_path / "new", encoder, hparams, params)
+        assert not os.listdir(tmp_path)
+    left[:] = [None] * 4
+    train.save(tmp_path / "new", encoder, hparams, params)
+    assert sorted(os.listdir(tmp_path / "new")) == FILES and os.listdir(tmp_path) == ["new"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
-@pytest.mark.parametrize(("n", "signum"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_to_any_process_stops_all_and_keeps_what_was_learnt(small, tmp_path, n, signum):
-    processes = start_processes(small, tmp_path / "new", n, steps=10**6)
-    next(line for line in processes[0].stderr if "loss " in line)
-    processes[-1].send_signal(signum)
-    said = [process.communicate(timeout=60) for process in processes]
-    assert {process.returncode for process in processes} == {128 + signum}, said
-    assert f"Stopped. The model is in {tmp_path / 'new'}.\nTraining loss: " in said[0][0]
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
+
+
+@posix
+def test_ctrl_c_ends_the_training_and_keeps_what_was_learnt(small, tmp_path):
+    (process,) = start_processes(small, tmp_path / "new", 1, steps=10**6)
+    next(line for line in process.stderr if "Training" in line)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert f"Stopped. The model is in {tmp_path / 'new'}.\nTraining loss: " in said[0]
     load_encoder_hparams_and_params("new", tmp_path)
 
 
-# As a step of JAX, the hash works for minutes without the lock of Python.
-LONG_STEP = """import hashlib, sys
+# Ctrl-C comes in the place of these functions.
+CTRL_C = """import os, signal, sys
 sys.path.insert(0, "examples")
-import train, utils
-def long_step(*_):
-    print("Training", file=sys.stderr, flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-train.train = long_step
-utils.command_line(train.main)"""
+import train
+from command import command_line
+signal.signal(signal.SIGINT, signal.default_int_handler)  # In the background, it may be ignored.
+train.train = lambda plan, _: (plan.params, "")
+train.{} = lambda *_, **__: [os.kill(os.getpid(), signal.SIGINT) for _ in range({})]
+command_line(train.main)"""
+PLACES = [("from_nothing", 1, 130, False), ("train", 2, -signal.SIGINT, False)]
+PLACES += [("recite", 1, 130, True)]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process instead of telling it")
-def test_a_second_signal_does_not_wait_for_the_step(small, tmp_path):
-    (process,) = start_processes(small, tmp_path / "new", 1, 1, code=("-c", LONG_STEP))
-    next(line for line in process.stderr if "Training" in line)
-    for _ in range(100):
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(TimeoutExpired):
-            process.wait(0.1)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGINT
+@posix
+@pytest.mark.parametrize(("function", "n_times", "status", "is_saved"), PLACES)
+def test_ctrl_c_before_and_after_the_training_and_a_second_one_in_it_end_the_program_at_once(
+    function, n_times, status, is_saved, small, tmp_path
+):
+    words = (small / "text.txt", tmp_path / "new")
+    result = run(*words, code=("-c", CTRL_C.format(function, n_times)))
+    assert (result.returncode, "Traceback" in result.err) == (status, False)
+    assert os.listdir(tmp_path) == ["new"] * is_saved
+
+
+@posix
+def test_a_signal_ends_one_of_several_processes_at_once_and_nothing_is_saved(small, tmp_path):
+    processes = start_processes(small, tmp_path / "new", 2, steps=10**6)
+    next(line for line in processes[0].stderr if "Training" in line)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for process, signum in zip(processes, signals, strict=True):
+        process.send_signal(signum)
+    for process, signum in zip(processes, signals, strict=True):
+        process.communicate(timeout=60)
+        assert process.returncode == -signum
+    assert not os.listdir(tmp_path)
 
 
 MISTAKES = [
@@ -212,7 +190,10 @@ MISTAKES = [
     (FISH * 40, {"start": "{start}", "length": 33}, "--length 33 is too long: .* allow 32"),
     (FISH, {"start": "{start}", "length": 16}, "--length 16 is too long: .* allow 0"),
     (FISH * 40, {"model_dir": "{text}/new"}, "text.txt"),
-    (FISH, {"start": "{text}"}, "must be .* or a folder in .*, not .*text.txt"),
+    (FISH * 40, {"model_dir": "{start}"}, "start exists already. Choose another folder"),
+    (FISH * 40, {"text_path": "{text}x"}, "There is no text file .*text.txtx"),
+    (FISH * 40, {"num_processes": 2}, "Several processes need an address"),
+    (FISH, {"start": "{text}"}, "must be .* or a folder, not .*text.txt"),
     (FISH, {"steps": "1.5"}, "steps must be a whole number, 0 or more, not '1.5'"),
     (FISH, {"lr": "nan"}, "lr must be a number, from 0 to 1, not 'nan'"),
 ]
@@ -238,11 +219,11 @@ def test_a_package_that_is_missing_is_told_in_one_line():
 
 def test_the_last_twentieth_is_held_out(train, small):
     text = read_text(small / "text.txt")
-    encoder, _, _, draw, _, held_out, _ = train.from_start(text, small / "start", length=16)
-    ids = encoder.encode(text)
+    plan = train.from_start(text, small / "start", length=16)
+    ids = plan.encoder.encode(text)
     places = {tuple(ids[i : i + 17]): i for i in range(len(ids) - 16)}
-    learnt = [places[tuple(row)] for _ in range(1000) for row in draw()[0].tolist()]
-    first = min(places[tuple(row)] for row in held_out.tolist())
+    learnt = [places[tuple(row)] for _ in range(1000) for row in plan.draw().tolist()]
+    first = min(places[tuple(row)] for row in plan.held_out.tolist())
     assert 0.9 * len(ids) < max(learnt) + 17 <= first == len(ids) - len(ids) // 20
 
 
@@ -250,14 +231,17 @@ def test_the_losses_are_those_of_gpt2_on_numpy(train, small, tmp_path):
     options = {"start": small / "start", "steps": 3, "batch": 3, "length": 16, "lr": 0.1}
     told = train.main(small / "text.txt", tmp_path / "new", **options)
     trained = load_encoder_hparams_and_params("new", tmp_path)[2]
-    _, _, params, draw, _, held_out, _ = train.from_start(read_text(small / "text.txt"), **options)
-    windows, _ = draw()
-    each = [losses(windows, params), losses(held_out, params), losses(held_out, trained)]
+    plan = train.from_start(read_text(small / "text.txt"), **options)
+    each = [losses(plan.draw(), plan.params)]
+    each += [losses(plan.held_out, params) for params in (plan.params, trained)]
     first, _, before, after = map(float, re.search(LOSSES, told).groups())
     assert [v.mean() for v in each] == pytest.approx([first, before, after], abs=1e-3)
-    n_typed = np.array([0, 9, 4])
-    learnt = each[0][np.arange(1, 17) >= n_typed[:, None]]  # typed tokens do not count
-    assert train.loss(params, windows, n_typed, 2) == pytest.approx(learnt.mean(), abs=1e-3)
+
+
+def test_windows_are_40_tokens_and_one_batch_in_seven_has_256(train):
+    plan = train.from_nothing("To be, or not to be. " * 40)
+    shapes = [plan.draw().shape for _ in range(300)]
+    assert {*shapes} == {(48, 41), (8, 257)} and 0.1 < shapes.count((8, 257)) / 300 < 0.2
 
 
 CHINESE = "天地玄黄。宇宙洪荒。日月盈昃。辰宿列张。寒来暑往。秋收冬藏。闰余成岁。律吕调阳。"
@@ -266,44 +250,54 @@ LONG_RUNS["genome"] = "ACGTTGCA" * 9
 
 
 @pytest.mark.parametrize("text", [VERSE, *LONG_RUNS.values()], ids=["verse", *LONG_RUNS])
-def test_windows_begin_with_any_word_and_continue_like_the_text(train, text):
+def test_a_window_is_a_prompt_of_1_to_18_words_and_what_follows(train, text):
     encoder = train.learn_vocabulary(text)
     ring, random = train.Text(text, encoder), np.random.default_rng(0)
-    starts, prompts = set(), set()
+    words = [END, *(text.split() if text == VERSE else text)]
+    starts, counts = set(), set()
     for _ in range(2000):
-        ids, n = ring.window(random, 40)
-        typed, rest = encoder.decode(ids[:n]), encoder.decode(ids[n:])
-        assert rest.strip("\ufffd") in f"{END}{text}" * 99 and len(ids) == 41
-        prompts.add((typed, rest[:2]))
-        starts |= set() if n else {rest[:2]}
-    words = [END, *text.split()] if text == VERSE else [END, *text]
-    assert {start[0] for start in starts} == {word[0] for word in words}
-    assert len(ring.words) == len(words)
-    if text == VERSE:
-        assert prompts >= {("o romeo why art", "\nt"), ("no more no", "?\n")}
-        assert prompts >= {("here 'tis he go in", ", "), ("thou sweet ay what's", "\n\n")}
+        prompt, ids, following = ring.draw(random, 40)
+        assert ids == encoder.encode(prompt, "all") and len(following) == 40
+        assert f"{prompt}{encoder.decode(following)}".rstrip("\ufffd") in f"{END}{text}" * 99
+        in_prompt = re.findall(r"<\S+>|\S+" if text == VERSE else r"<\S+>|.", prompt)
+        assert {*in_prompt} <= {*words}
+        starts.add(in_prompt[0])
+        counts.add(len(in_prompt))
+        assert len(ring.window(random, 41)) == 41
+    assert starts == {*words} and counts == {*range(1, 19)}
 
 
-@pytest.mark.parametrize("text", [CHINESE, LONG_RUNS["JSON"]], ids=["Chinese", "JSON"])
-def test_any_token_after_the_first_few_can_be_asked_for(train, text):
-    ring = train.Text(text, train.learn_vocabulary(text))
-    asked = {id for ids in train.questions(ring, False, 256) for id in ids[-16:]}
-    assert asked >= {*ring.ids_from(len(END), 99)[8:]}
+def test_an_exam_asks_what_has_one_answer_and_fits_the_context(train, small, monkeypatch):
+    """`bar bar` occurs twice in `bar bar bar`, though `str.count` finds only one."""
+    text = "bar bar bar. One by one, two by two, they came and went in a row of forty or more fish."
+    whole, asked = END + text, []
+    encoder, _, _ = load_encoder_hparams_and_params("start", small)
 
+    def model(inputs, **_):
+        asked.append(inputs[:-15])
+        return np.zeros((len(inputs), len(encoder.encoder)))
 
-def test_an_exam_question_has_only_one_answer(train):
-    red, one = "Red fish and blue fish swim", "one by one they came here"
-    ring = train.Text("\n".join([red, "two by two", one, "two by two", red.upper()]), BYTES)
-    for is_typed, whole in [(False, ring.text), (True, train.as_typed(ring.text))]:
-        prompts = [BYTES.decode(ids[:-16]) for ids in train.questions(ring, is_typed, 256)]
-        assert prompts and all(whole.count(prompt) == 1 for prompt in prompts)
-        assert not [prompt for prompt in prompts if prompt in ("two by", "red fish")]
-
-
-@pytest.mark.parametrize("text", ["Two", f"Two{END}"])
-def test_a_text_without_a_question_is_told(train, text, small, tmp_path):
+    monkeypatch.setattr(train.gpt2, "gpt2", model)
     told = train.recite(text, small / "start")
-    assert told.count("there is no test: the text is too short, or it repeats itself") == 2
+    assert told.startswith(f"{len(asked)} of 500 random prompts occur once in the text and fit")
+    prompts = [encoder.decode(ids) for ids in asked]
+    places = [sum(whole.startswith(prompt, i) for i in range(len(whole))) for prompt in prompts]
+    assert {*places} == {1} and max(map(len, asked)) <= 32 - 16
+    assert {"came", "bar bar bar. One"} <= {*prompts}
+
+
+def test_an_answer_is_right_if_its_16_tokens_are_the_likeliest(train, small, monkeypatch):
+    """Here the likeliest tokens are those of the text, and after it, at the end, the token 0."""
+    answers = ([5] * 15 + [i % 4] for i in range(500))
+    monkeypatch.setattr(train.Text, "draw", lambda text, *_: (text.text, [1], next(answers)))
+    monkeypatch.setattr(train.gpt2, "gpt2", lambda ids, **_: np.eye(500)[[*ids[1:], 0]])
+    told = train.recite("One fish", small / "start")
+    assert told.startswith("500 of 500 ") and "After 125 of these" in told
+
+
+def test_without_prompts_that_occur_once_there_is_no_exam(train, small):
+    told = train.recite("fish " * 3000, small / "start")
+    assert re.fullmatch(r"There is no exam, because only \d of 500 random prompts occur .*", told)
 
 
 def test_endoftext_is_one_token_and_windows_line_ends_change_no_ids(train, tmp_path):
