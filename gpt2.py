@@ -7,22 +7,18 @@ often with the space before them, and parts of rare characters. "Hello, world!" 
 token would fit next. `stream` picks a token by these scores, adds it to the text, and goes on.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
-which runs through all blocks. A block only adds to it. What it adds is called a residual, because
-it is just the difference between the output of the block and its input. At first, a row says which
-token it stands for and at which position. In each block, attention adds to each row what it finds
-in that row and in the rows before. Then a feed-forward network adds what it computes from each row
-alone. In the end, each row describes the token that the model expects after its own. The sizes in
-124M, the smallest GPT-2, when it reads 7 tokens:
+which runs through all blocks. A block only adds to it, and what it adds is called a residual. At
+first, a row says which token it stands for and at which position. In each block, attention adds to
+each row what it finds in that row and in the rows before. Then a feed-forward network adds what it
+computes from each row alone. In the end, each row describes the token that the model expects after
+its own. The sizes in 124M, the smallest GPT-2:
 
-    n_vocab  tokens in the vocabulary                                      50,257
-    n_ctx    the context: the most tokens that a text can have             1,024
-    n_embd   numbers in the row of a token                                 768
-    n_layer  blocks                                                        12
-    n_head   attention heads in each block                                 12
-    d        numbers in a head's query, key and value (see `mha`)          64, n_embd / n_head
-    n_seq    tokens that this call of `gpt2` reads, its `inputs`           7
-    n_past   tokens whose keys and values the cache had before this call   0
-    n_k      keys that a query can be compared with: n_past + n_seq        7
+    n_vocab  tokens in the vocabulary                                50,257
+    n_ctx    the context: the most tokens that a text can have       1,024
+    n_embd   numbers in the row of a token                           768
+    n_layer  blocks                                                  12
+    n_head   attention heads in each block                           12
+    d        numbers in a head's query, key and value (see `mha`)    64, n_embd / n_head
 
 The parameters are the numbers that training has found, 124 million of them in 124M. They are nested
 dicts and lists of arrays, named as in OpenAI's checkpoints: `wte` and `wpe` (the token and position
@@ -40,6 +36,9 @@ one new token in each later step. A cache keeps the keys and values (see `mha`) 
 before. In 124M, with a prompt of 7 tokens:
 
                                         step 1          step 2
+    n_past, the tokens read before      0               7
+    n_seq, the tokens read now          7               1
+    n_k, the keys of both               7               8
     inputs                              7 ids           1 id
     x, the residual stream              [7, 768]        [1, 768]
     q, in one block, for 12 heads       [12, 7, 64]     [12, 1, 64]
@@ -47,11 +46,8 @@ before. In 124M, with a prompt of 7 tokens:
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
     logits, after the last token only   [1, 50257]      [1, 50257]
 
-The sixty lines are the code before `main`, without comments. They also run on JAX, if
-`import jax.numpy as np` takes the place of the line below. JAX is a library with NumPy's functions.
-It can also compile a function, run it on many inputs at once, and compute its gradient. All three
-work for `gpt2` without a cache. With a cache they do not, because `mha` writes into it. JAX's own
-arrays cannot be written into, so the cache is a NumPy array, and JAX cannot follow what is in it.
+The sixty lines are the code before `main`, without comments. They also run on JAX, with
+`import jax.numpy as np` in place of the line below: see examples/README.md.
 """
 
 import numpy as np
@@ -86,8 +82,8 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Bring each row of `x` `[..., n_embd]` to mean 0 and variance 1, multiply by `g`, and add `b`.
 
-    "Norm" means normalisation here, not the length of a vector. The next layer gets numbers of the
-    same scale, however large `x` has grown. `g` is the gain, `b` the bias. `eps` prevents 0 / 0.
+    "Norm" means normalisation here, not the length of a vector. However large `x` has grown, the
+    next layer gets numbers of one scale. `g` is the gain, `b` the bias. `eps` prevents 0 / 0.
 
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), g=np.ones(3), b=np.zeros(3)).round(3)
     array([[-1.225,  0.   ,  1.225]])
@@ -117,9 +113,9 @@ def attention(q, k, v, mask):
     """For each query, return the average of the values, weighted by how well their keys match.
 
     A Python dict returns the one value whose key equals the query. Attention is like a dict in
-    which each key can match more or less. The score of a query and a key is their dot product,
-    divided by the root of d. `mask` is added to the scores: 0 changes nothing, and -1e10 hides a
-    key, because its weight becomes 0. Softmax turns the scores of one query into weights.
+    which each key can match more or less. The score of a query and a key (a logit is a score too,
+    but of a token) is their dot product, divided by the root of d. Softmax turns scores into
+    weights. `mask` is added before: 0 changes nothing, and -1e10 makes a weight 0: a hidden key.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
     >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
@@ -129,27 +125,28 @@ def attention(q, k, v, mask):
     >>> attention(np.array([[1.0, 1.0]]), k, v, mask=np.array([[-1e10, 0.0]]))  # first key hidden
     array([[20.]])
 
-    The shapes are `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot
-    product is a sum of d products of either sign. Like a random walk of d steps, it typically gets
-    as far as the root of d. Undivided, one key would often get nearly all the weight by chance.
+    Shapes: `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot product
+    is a sum of d products. If each is about 1 or -1, their sum typically gets as far as the root of
+    d, like a random walk. Undivided, it would give one key nearly all the weight by chance.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
 
 
 def mha(x, c_attn, c_proj, n_head, kv=None):
-    """Multi-head attention: each row of `x` `[n_seq, n_embd]` sees itself and the rows before it.
+    """Multi-head attention: each token of `x` `[n_seq, n_embd]` looks at itself and earlier ones.
 
-    `c_attn` makes three vectors from each row. The query says what the row is looking for. The key
-    says what the row has to offer. The value is what goes to the rows whose query matches the key.
-    For example, the query of a verb may look for its subject. Then the key of a noun before it may
-    match, and the noun's value goes to the verb. All three are cut into `n_head` pieces of d
-    numbers. So each head has a query, a key and a value of its own, and can look for something
-    different. `c_proj` mixes what the heads found.
+    `c_attn` makes three vectors from each row. The query says what the token is looking for. The
+    key says what the token has to offer. The value is what goes to the tokens whose query matches
+    the key. For example, the query of a verb may look for its subject. Then the key of a noun
+    before it may match, and the noun's value goes to the verb.
+
+    A head is an attention of its own. Each of the `n_head` heads gets a piece of d numbers of every
+    vector, so that it can look for something of its own. `c_proj` mixes what all of them found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
     keys and values of earlier tokens come first, and `mha` writes those of `x` after them. The
-    earlier ones need no update, because a row sees no later token, and so none can change the row.
+    earlier ones need no update, because no token sees a later one, and so none can change.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -159,8 +156,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
         k, v = kv  # those of all tokens so far, [n_head, n_k, d] each
     # For three tokens, the mask is [[0, -1e10, -1e10], [0, 0, -1e10], [0, 0, 0]]: for each query, a
     # row with 0 for the keys of its own token and of all before. `np.tri` has 1 where the mask has
-    # 0, and 0 elsewhere. Its third argument, n_past, puts as many more ones into each row, because
-    # all past keys may be seen: for one new token after 7, the mask is eight zeros.
+    # 0, and 0 elsewhere. With its third argument, all past tokens are seen too: for one new token
+    # after 7, the mask is eight zeros. Infinity cannot replace 1e10: 0 times infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)  # heads side by side
@@ -169,12 +166,11 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
-    Only what `mha` and `ffn` read is normalised, and `x` itself is only added to. So later blocks
-    can still use what earlier ones added. This also helps training, which needs the gradient: how
-    the loss, the error of the model, changes with each parameter. The gradient is computed from the
-    last block back to the first, and a sum passes it on unchanged. The first GPT normalised each
-    sum. Normalising divides `x` by its spread, and so it divides the gradient too. In the
-    end, the gradient may be too small to learn from, or, if the spreads are below 1, too large.
+    Only what `mha` and `ffn` read is normalised. `x` itself is only added to, so later blocks can
+    still use what earlier ones added. This helps training too, which computes from the last block
+    back to the first how the model's error changes with `x`: the gradient. An addition passes it
+    back unchanged. The first GPT normalised after every addition, which divides `x`, and so the
+    gradient, by a standard deviation each time. In the end it may be too small to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -186,9 +182,9 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     Row i scores each token of the vocabulary as the next one after the cache and `inputs[: i + 1]`.
     Training and the probability of a text need every row. The next token needs only the last one.
 
-    Each id picks its row of `wte` `[n_vocab, n_embd]`. Each token also gets the row of `wpe`
-    `[n_ctx, n_embd]` for its position. Without it, attention in the first block would add the same
-    to the last row in whatever order the tokens before it came, because an average has no order.
+    Each id picks its row of `wte` `[n_vocab, n_embd]`. The row of `wpe` `[n_ctx, n_embd]` for the
+    token's position is added to it. Without positions, attention in the first block would find the
+    same after "dog bites man" as after "man bites dog", because an average has no order.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
     the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
@@ -224,30 +220,32 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)  # float32 loses tiny shares
+    # As float64, because in float32, a sum near 1 stays the same if a tiny probability is added.
+    totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, with the length of
-    # its probability. `argmax` finds the first True, which is the part with a random point in it.
+    # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, as long as its
+    # probability. `argmax` finds the first True, which is the part with a random point in it.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
 def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     """Yield the ids that follow `inputs`, one by one; by default until the context is full.
 
-    `pick` gets the logits `[n_vocab]` and returns an id. The default, `np.argmax`, is greedy: it
-    takes the likeliest. The cache, 72 MiB for 1,024 tokens in 124M, saves reading a token twice.
+    `pick` gets the logits `[n_vocab]` and returns an id. The default is greedy: it takes the
+    likeliest. `lambda logits: sample(logits, np.random.default_rng())` samples instead. The cache,
+    72 MiB for 1,024 tokens in 124M, saves reading a token twice.
 
     Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
     `wte`, if `n_tokens_to_generate` is below 0, or if prompt and new tokens exceed the context.
     """
-    from numpy import empty  # not JAX's, whose arrays cannot be written into
+    from numpy import empty  # even on JAX, whose arrays cannot be written into
 
     n_ctx, n_embd = params["wpe"].shape
     n_total = n_ctx if n_tokens_to_generate is None else len(inputs) + n_tokens_to_generate
     if not len(inputs) or min(inputs) < 0 or max(inputs) >= len(params["wte"]):
         raise ValueError("The prompt is empty, or it has an id without a row in wte.")
     if n_total not in range(len(inputs), n_ctx + 1):
-        raise ValueError(f"The prompt leaves room for {max(n_ctx - len(inputs), 0):,} tokens.")
+        raise ValueError(f"The prompt and 0 or more new tokens must fit into {n_ctx:,} tokens.")
     cache = empty((len(params["blocks"]), 2, n_head, n_total, n_embd // n_head), np.float32)
     for n_k in range(len(inputs), n_total):
         # This slice is a view of the cache, so what `mha` writes into it stays in the cache.
@@ -258,16 +256,12 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, pick=np.argmax):
-    """Return the list of ids that `stream` yields. To sample instead of being greedy:
-
-    random = np.random.default_rng(1)
-    generate(inputs, params, n_head, 20, lambda logits: sample(logits, random, temperature=0.8))
-    """
+    """Return the list of ids that `stream` yields."""
     return list(stream(inputs, params, n_head, pick, n_tokens_to_generate))
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
-         temperature=None, top_k=None, top_p=None, seed=None, *, show=str):  # fmt: skip
+         temperature=None, top_k=None, top_p=None, seed=None, *, show=lambda _: None):  # fmt: skip
     """Continue a prompt with GPT-2, and return the text that it writes.
 
     Args:
@@ -280,7 +274,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
         top_k: sample from this many of the likeliest tokens only
         top_p: sample from the likeliest tokens only, whose probabilities add up to this number
         seed: a whole number; the same seed gives the same text again
-        show: in Python, called with each piece of text as it comes; by default, nothing is shown
+        show: in Python, called with each piece of text as it comes
     """
     from itertools import takewhile
 
@@ -290,11 +284,9 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     n_new = number("n_tokens_to_generate", n_tokens_to_generate, int, 0)
     pick = picker(sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    # GPT-2 has learnt from many texts, with the token <|endoftext|> between two of them. So its id
-    # begins a text if the prompt is empty (`bos`: beginning of sequence) and ends one (`eos`: end).
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
-    ids = takewhile(lambda id: id not in encoder.eos, new)  # a set: other models have several ends
+    ids = takewhile(lambda id: id not in encoder.eos, new)  # until <|endoftext|>, or another end
     pieces = []
     for piece in encoder.decode_stream(ids):  # which waits for all parts of a rare character
         show(piece)

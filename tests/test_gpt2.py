@@ -130,7 +130,7 @@ def test_large_activations_give_no_warning_and_no_nan(small):
 @pytest.mark.parametrize(("n_prompt", "count"), [(4, 13), (16, 1), (4, -1), (4, 1.5), (17, 0)])
 def test_a_count_that_does_not_fit_into_the_context_is_an_error(small, n_prompt, count):
     params, n_head, ids = small
-    with pytest.raises(ValueError, match=f"room for {max(16 - n_prompt, 0)} tokens"):
+    with pytest.raises(ValueError, match="and 0 or more new tokens must fit into 16 tokens"):
         generate((ids + ids)[:n_prompt], params, n_head, count)
 
 
@@ -213,7 +213,7 @@ def test_the_file_has_sixty_lines_of_code_with_one_statement_each():
     assert source.index("def generate(") == source.rindex("def ", 0, source.index("def main("))
     assert sum(line < main for line in code) <= 60
     assert sum(line >= main for line in code) <= 19
-    assert source.count("\n") <= 311
+    assert source.count("\n") <= 300
     assert max(map(len, source.splitlines())) <= 100
     assert len(statements) == len(set(statements))
 
@@ -221,7 +221,6 @@ def test_the_file_has_sixty_lines_of_code_with_one_statement_each():
 def test_main_writes_forty_tokens_of_124m_greedily_by_default():
     count, size, *others = gpt2.main.__defaults__
     assert (count, size, {*others}) == (40, "124M", {None})
-    assert gpt2.main.__kwdefaults__["show"]("text") == "text"
 
 
 def test_main_shows_each_piece_and_returns_the_whole_text(capfd):
