@@ -1,7 +1,7 @@
 """The command: from the words in a shell to the text.
 
-`command_line(main)` runs `main` with the words. The last three functions are for `main` itself,
-which checks its arguments with them, in a shell and in Python.
+`command_line(main)` runs `main` with the words. The functions of the last section are for `main`
+itself, which checks its arguments with them, in a shell and in Python.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ import numpy as np
 
 from encoder import UserError
 
+SEE_HELP = f"See python {sys.argv[0]} --help."
+
 
 def command_line(main):
     """Run `main` with the words typed in a shell.
@@ -31,7 +33,7 @@ def command_line(main):
     try:
         use_utf_8()
         arguments = read_arguments(main)
-        with np.errstate(all="ignore"):  # no warnings: `picker` looks for what is not a number
+        with np.errstate(all="ignore"):  # `picker` finds infinity and NaN, so NumPy need not warn.
             text = main(**arguments)
         # `show` has printed the text already, but not the end of the line.
         print("" if "show" in arguments else text, flush=True)
@@ -46,16 +48,17 @@ def command_line(main):
         status = "There is not enough memory."
     except (OSError, UserError) as error:
         status = str(error)
-    # End the line after Ctrl-C, and print what is still in the buffer.
     try:
-        print(end="\n" if status == 130 else "", flush=True)
-    except OSError:  # The pipe is closed, or the disk is full. At exit, Python would try again.
+        if status == 130:
+            print()  # Ctrl-C may have come in the middle of a line.
+        sys.stdout.flush()
+    except OSError:  # The pipe is closed, or the disk is full. At exit, Python would flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
 
 
 def use_utf_8():
-    """Read and write UTF-8 if standard input and output are redirected, whatever the code page is.
+    """Read and write UTF-8 where standard input or output is redirected, whatever the code page is.
 
     Characters that a terminal cannot show are written as "?".
     """
@@ -80,42 +83,55 @@ def read_arguments(main):
     return arguments
 
 
-def parse_words(words, main):
-    """Return the arguments for `main` that the library Fire finds in the words, as strings.
+def check_flags(words):
+    """Raise UserError for a flag that has no value: the next word is a flag too, or there is none.
 
-    Only parameters without a default are positional. All others are flags, so that no word of a
-    prompt becomes the value of an option if the quotes are missing. Parameters that are
-    keyword-only in `main` are left out, because they are for Python.
-
-    Only this function knows how Fire works. Left to itself, Fire would turn the prompt 42 into a
-    number, give a flag without a value the value True, and apply a word too many to the text that
-    `main` returns. So Fire does not get `main`, but `keep`, which keeps the words as they are.
+    Fire would give such a flag the value True.
     """
-    import fire
-
-    in_shell = [p for p in inspect.signature(main).parameters.values() if p.kind != p.KEYWORD_ONLY]
-    positional = [p for p in in_shell if p.default is p.empty]
-    flags = [p.replace(kind=p.KEYWORD_ONLY) for p in in_shell if p not in positional]
-    arguments, advice = {}, f"See python {sys.argv[0]} --help."
-
-    @functools.wraps(main)  # `keep` gets the name and the docstring of `main` for the help.
-    def keep(*values, **options):
-        arguments.update(keep.__signature__.bind(*values, **options).arguments)
-
-    keep.__signature__ = inspect.Signature(positional + flags)
-    if {"-h", "--help"} & {*words}:
-        trace = fire.trace.FireTrace(keep, name=os.path.basename(sys.argv[0]))
-        print(fire.helptext.HelpText(keep, trace), flush=True)
-        sys.exit()
     flag = r"--?[a-zA-Z][\w-]*"
     for word, next_word in itertools.pairwise([*words, "--end"]):
         if re.fullmatch(flag, word) and re.match(flag, next_word):
-            raise UserError(f"{word[:40]} needs a value. {advice}")
-    # Fire must not ask for a prompt that is left out, because it comes from standard input.
+            raise UserError(f"{word[:40]} needs a value. {SEE_HELP}")
+
+
+def parse_words(words, main):
+    """Return the arguments for `main` that the library Fire finds in the words, as strings.
+
+    Only parameters without a default take words without a flag, so that no word of a prompt becomes
+    the value of an option if the quotes are missing. Parameters that are keyword-only in `main` are
+    left out, because they are for Python.
+
+    >>> def main(prompt, seed=None, *, show=print): ...
+    >>> parse_words(["42", "--seed", "1"], main)
+    {'prompt': '42', 'seed': '1'}
+
+    No other function knows how Fire works. Fire calls `keep` instead of `main`, because it would
+    apply a word too many to the text that `main` returns.
+    """
+    import fire
+
+    parameters = inspect.signature(main).parameters.values()
+    positional = [p for p in parameters if p.default is p.empty]
+    optional = [p for p in parameters if p.default is not p.empty and p.kind != p.KEYWORD_ONLY]
+    flags = [p.replace(kind=p.KEYWORD_ONLY) for p in optional]
+    arguments = {}
+
+    @functools.wraps(main)  # The help has the name and the docstring of `main`.
+    def keep(*values, **options):
+        arguments.update(keep.__signature__.bind(*values, **options).arguments)
+
+    fire.decorators.SetParseFn(str)(keep)  # Otherwise the prompt 42 would become a number.
+    keep.__signature__ = inspect.Signature(positional + flags)
+    if {"-h", "--help"} & {*words}:
+        # Fire itself would show its help in a pager.
+        trace = fire.trace.FireTrace(keep, name=os.path.basename(sys.argv[0]))
+        print(fire.helptext.HelpText(keep, trace), flush=True)
+        sys.exit()
+    check_flags(words)
+    # A prompt that is left out comes from standard input. Words too many are collected.
     positional = [p.replace(default=None) if p.name == "prompt" else p for p in positional]
-    more = inspect.Parameter("more", inspect.Parameter.VAR_POSITIONAL)
-    keep.__signature__ = inspect.Signature([*positional, more, *flags])
-    fire.decorators.SetParseFn(str)(keep)
+    too_many = inspect.Parameter("too_many", inspect.Parameter.VAR_POSITIONAL)
+    keep.__signature__ = inspect.Signature([*positional, too_many, *flags])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             # Words after the last -- are options of Fire. For Fire, the word - separates two
@@ -123,17 +139,18 @@ def parse_words(words, main):
             fire.Fire(keep, [*words, "--", "--separator=\0"])
     except fire.core.FireExit as error:
         fault, _, word = error.trace.elements[-1].ErrorAsStr().partition(": ")
-        raise UserError(f"{fault}: {word[:40]}. {advice}") from None
-    for word in arguments.pop("more", ()):
+        raise UserError(f"{fault}: {word[:40]}. {SEE_HELP}") from None
+    for word in arguments.pop("too_many", ()):
         quotes = "If a text has several words, put it in double quotes."
-        raise UserError(f"{reprlib.repr(word)} is a word too many. {quotes} {advice}")
+        raise UserError(f"{reprlib.repr(word)} is a word too many. {quotes} {SEE_HELP}")
     return arguments
 
 
 def read_prompt(prompt):
     """Return the prompt, with a line feed at each line end.
 
-    If it is "-", or if it is missing and standard input is redirected, standard input is read.
+    A prompt that is typed stays as it is, and "" starts a new text. With "-", or if no prompt is
+    typed and standard input is redirected, the prompt is what comes from there.
     """
     is_missing = prompt is None
     stdin = sys.stdin or io.StringIO()  # It can be closed.
@@ -141,7 +158,7 @@ def read_prompt(prompt):
         if prompt == "-" or (is_missing and not stdin.isatty()):
             prompt = stdin.read().removesuffix("\n")
         if is_missing and not prompt:
-            raise UserError(f"There is no prompt. See python {sys.argv[0]} --help.")
+            raise UserError(f"There is no prompt. {SEE_HELP}")
         prompt.encode("utf-8")  # This fails if an argument had a byte that is not UTF-8.
     except UnicodeError as error:
         raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
@@ -162,8 +179,11 @@ def new_show():
 
     A number of threads that the user has set in the environment is kept.
     """
-    is_set = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys()
-    tuner = itertools.repeat(None) if is_set else tune_threads()
+    if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
+        return functools.partial(print, end="", flush=True)
+    import threadpoolctl
+
+    tuner = tune_threads(threadpoolctl.ThreadpoolController().select(user_api="blas"))
 
     def show(piece):
         print(piece, end="", flush=True)
@@ -172,21 +192,20 @@ def new_show():
     return show
 
 
-def tune_threads():
+def tune_threads(blas):
     """Use all threads or half of them, whichever is faster; call `next` on this for each token.
 
     OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors,
     and waits for the last part. If another program keeps one processor busy, every product waits.
-    Half of the threads leave room for that program. Both are timed again every 50 tokens. The least
-    time of two or three tokens counts, because the first one after a change may be slow.
-    """
-    import threadpoolctl
+    Half of the threads leave room for that program.
 
-    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    Of 50 tokens, 5 are timed: 2 with all threads and 3 with half of them. Then the faster number is
+    used for 45. The fastest token counts, because the first one after a change may be slow.
+    """
     all_threads = max((library["num_threads"] for library in blas.info()), default=1)
     half = max(all_threads // 2, 1)
     while True:
-        least = {}
+        fastest = {}
         for n_threads, n_tokens in [(all_threads, 2), (half, 3)]:
             blas.limit(limits=n_threads)  # until the next limit is set
             seconds = []
@@ -194,8 +213,8 @@ def tune_threads():
                 start = time.perf_counter()
                 yield  # until the next token is there
                 seconds.append(time.perf_counter() - start)
-            least[n_threads] = min(seconds)
-        blas.limit(limits=min(least, key=least.get))
+            fastest[n_threads] = min(seconds)
+        blas.limit(limits=min(fastest, key=fastest.get))
         for _ in range(45):
             yield
 
@@ -217,8 +236,11 @@ def number(name, value, kind, least, most=np.inf):
     raise UserError(f"{name} must be {what}, {limits}, not {reprlib.repr(value)}")
 
 
-def numbers(limits, **options):
-    """Return those options that are not None as numbers. `limits` are those for `number`."""
+def read_options(limits, **options):
+    """Return those options that are not None, as numbers.
+
+    `limits` has for each name what `number` needs: the kind, the least and perhaps the most.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     return {name: number(name, value, *limits[name]) for name, value in given.items()}
 
@@ -230,7 +252,7 @@ def picker(sample, **options):
     the likeliest token is taken each time, whatever else is given.
     """
     limits = dict(temperature=(float, 0), top_k=(int, 1), top_p=(float, 0, 1), seed=(int, 0))
-    given = numbers(limits, **options)
+    given = read_options(limits, **options)
     choose = np.argmax
     if given and given.get("temperature") != 0:
         random = np.random.default_rng(given.pop("seed", None))
@@ -238,7 +260,7 @@ def picker(sample, **options):
 
     def pick(logits):
         if not np.isfinite(logits).all():
-            raise UserError("The model's scores are not numbers, perhaps because it diverged.")
+            raise UserError("The model's scores are not numbers. Perhaps its training diverged.")
         return choose(logits)
 
     return pick

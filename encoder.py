@@ -11,8 +11,8 @@ import regex
 
 END_OF_TEXT = "<|endoftext|>"
 # A text is cut into words first, and each word into tokens. A word is an ending such as 's, or a
-# run of letters, of digits or of other signs, with the space before it. So a run of white space
-# before a word is cut before its last character, which may be that space.
+# run of letters, of digits or of other signs, with the space before it. The rest of the white space
+# is a word too: "to   be" is "to", "  " and " be".
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -99,7 +99,8 @@ class Encoder:
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             for token in tokens:
-                if token not in self.encoder:  # It is a single byte: every merge makes a token.
+                # Only a single byte can be missing, because every merge makes a token.
+                if token not in self.encoder:
                     where = f"{self.byte_decoder[token]:#04x} in {reprlib.repr(word)}"
                     raise UserError(f"the vocabulary has no token for the byte {where}")
             self.cache[word] = [self.encoder[token] for token in tokens]
@@ -113,7 +114,9 @@ class Encoder:
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids):
-        """Yield the text of each id as it comes. A part of a character waits for the next id.
+        """Yield the text of each id as it comes, and in the end what is left.
+
+        A part of a character waits for the next id. Raises ValueError as `decode` does.
 
         >>> toy = Encoder({char: byte for byte, char in bytes_to_unicode().items()}, [])
         >>> list(toy.decode_stream(toy.encode("né!")))
@@ -129,9 +132,14 @@ class Encoder:
     def token_bytes(self, token):
         """Return the bytes that a token stands for: one byte for each of its characters.
 
-        Two kinds of tokens are spelled as they look: those with a character that stands for no
-        byte, such as [日本], and special tokens whose bytes would not be UTF-8, such as café. A
-        single character is always a byte, which can be a part of a character in UTF-8.
+        Two kinds of tokens are spelled as they look instead: those with a character that stands for
+        no byte, and special tokens of several characters whose bytes are not UTF-8.
+
+        >>> toy = Encoder({"Ġthe": 0, "Ã": 1, "[日本]": 2, "café": 3}, [], special=["café"])
+        >>> [toy.token_bytes(token) for token in ("Ġthe", "Ã")]
+        [b' the', b'\\xc3']
+        >>> [toy.token_bytes(token).decode() for token in ("[日本]", "café")]
+        ['[日本]', 'café']
         """
         as_it_looks = token.encode("utf-8", "surrogatepass")
         if any(char not in self.byte_decoder for char in token):
@@ -145,17 +153,17 @@ class Encoder:
 
 # --- Reading a tokenizer from its folder ---
 
-# A token that no merge makes is special or unused if it looks like <s> or [PAD].
+# How a token looks that no merge makes and that is no added token either: <s> or [PAD].
 LOOKS_SPECIAL = r"<.+>|\[.+\]"
 
 
 def get_encoder(model_name, models_dir):
     """Read the tokenizer in the folder `models_dir/model_name`.
 
-    It is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`, or else in
-    OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and `single_word` of added
-    tokens are ignored. Raises FileNotFoundError if a file is missing, and ValueError if a file is
-    damaged, or has settings that would change the ids.
+    The tokenizer is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`,
+    or else in OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and
+    `single_word` of added tokens are ignored. Raises FileNotFoundError if a file is missing, and
+    ValueError if a file is damaged, or has settings that would change the ids.
     """
     folder = home(models_dir) / model_name
     path = folder / "tokenizer_config.json"
@@ -176,20 +184,21 @@ def get_encoder(model_name, models_dir):
 def read_tokenizer_json(path):
     """Read a `tokenizer.json`, the format of the library `tokenizers`.
 
-    Its special tokens are its `added_tokens`. The tests compare the ids with those of the library.
+    Its special tokens are its `added_tokens`. A setting with which that library would find other
+    ids than `Encoder` is refused. The tests compare the ids of both.
     """
     content = read_json(path)
     model = content["model"]
     require(path, content, normalizer=None)
     splitter = content["pre_tokenizer"]
     require(path, splitter, type="ByteLevel", add_prefix_space=False, use_regex=True)
-    require(path, content.get("decoder") or {}, type="ByteLevel")
     require(path, model, type="BPE", dropout=None, ignore_merges=False, byte_fallback=False)
     require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
+    require(path, content.get("decoder") or {}, type="ByteLevel")
     processor = content.get("post_processor") or {}
     # A sequence has a list of steps. Any other processor is a single step.
     for step in processor.get("processors", [processor]):
-        # A step with one of these settings adds tokens to every text, or has steps of its own.
+        # These name tokens that the step adds to every text. `processors` would be steps in a step.
         require(path, step, special_tokens=None, cls=None, sep=None, processors=None)
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     # Older files have each merge as one string.
@@ -200,7 +209,7 @@ def read_tokenizer_json(path):
 def read_two_files(path, merges_path):
     """Read a vocabulary and its merges, and the `added_tokens.json` beside them, if there is one.
 
-    Special tokens are the added ones, and those that look so and that no merge makes.
+    Its special tokens are the added ones, and those that no merge makes and that look like <s>.
     """
     lines = read_text(merges_path).split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -214,12 +223,12 @@ def read_two_files(path, merges_path):
 def checked_encoder(path, vocabulary, merges, special):
     """Return an `Encoder`, if its vocabulary and its merges belong together.
 
-    Raises UserError unless the ids have no gap, every merge makes a token, and a merge makes every
-    token but single characters and special or unused ones.
+    Raises UserError unless the ids are 0, 1, 2 and so on, every merge has two parts and makes a
+    token, and every token is made by a merge, or is a single character, or special, or unused.
     """
     ids = vocabulary.values()
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
-        raise UserError(f"{path} does not number its tokens from 0 on without a gap")
+        raise UserError(f"{path} does not number its tokens 0, 1, 2 and so on")
     problem = f"{path}: its tokens and its merges do not belong together"
     if any(len(pair) != 2 for pair in merges):
         raise UserError(f"{problem}: a merge does not have two parts")
@@ -236,10 +245,13 @@ def checked_encoder(path, vocabulary, merges, special):
 
 
 def require(where, settings, **wanted):
-    """Raise UserError if a setting is there and is not as wanted."""
+    """Raise UserError if a setting is there and is not as wanted.
+
+    A setting that is missing has its default, which is as wanted. null, "" and false are the same.
+    """
     for name, value in wanted.items():
         found = settings.get(name, value)
-        both_are_off = not found and not value  # In a file, null, "" and false mean the same.
+        both_are_off = not found and not value
         if found != value and not both_are_off:
             raise UserError(f"{where}: {name} must be {value!r}, not {reprlib.repr(found)}")
 

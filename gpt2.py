@@ -7,7 +7,7 @@ often with the space before them, and parts of rare characters. "Hello, world!" 
 token would fit next. `stream` picks a token by these scores, adds it to the text, and goes on.
 
 Inside the model, each token is a row of numbers. The rows form an array `x`, the residual stream,
-which runs through all blocks. A block only adds to it, and what it adds is called a residual. At
+which runs through all blocks. A block only adds to `x`, and what it adds is called a residual. At
 first, a row says which token it stands for and at which position. In each block, attention adds to
 each row what it finds in that row and in the rows before. Then a feed-forward network adds what it
 computes from each row alone. In the end, each row describes the token that the model expects after
@@ -18,7 +18,7 @@ its own. The sizes in 124M, the smallest GPT-2:
     n_embd   numbers in the row of a token                           768
     n_layer  blocks                                                  12
     n_head   attention heads in each block                           12
-    d        numbers in a head's query, key and value (see `mha`)    64, n_embd / n_head
+    d        numbers in a head's query, key or value (see `mha`)     64, n_embd / n_head
 
 The parameters are the numbers that training has found, 124 million of them in 124M. They are nested
 dicts and lists of arrays, named as in OpenAI's checkpoints: `wte` and `wpe` (the token and position
@@ -33,12 +33,12 @@ embeddings: a row for each id or position), `ln_f` (the final layer norm), and, 
 `attn` goes to the function `mha`, and `mlp` (multi-layer perceptron) to `ffn`. `linear(x, **c_fc)`
 means `linear(x, w=c_fc["w"], b=c_fc["b"])`. `stream` reads the whole prompt in its first step, and
 one new token in each later step. A cache keeps the keys and values (see `mha`) of all tokens read
-before. In 124M, with a prompt of 7 tokens:
+before. In 124M, with a prompt of 7 tokens (the rows from `q` to the scores belong to `mha`):
 
                                         step 1          step 2
     n_past, the tokens read before      0               7
     n_seq, the tokens read now          7               1
-    n_k, the keys of both               7               8
+    n_k, the keys of all these          7               8
     inputs                              7 ids           1 id
     x, the residual stream              [7, 768]        [1, 768]
     q, in one block, for 12 heads       [12, 7, 64]     [12, 1, 64]
@@ -46,8 +46,8 @@ before. In 124M, with a prompt of 7 tokens:
     scores, each query with each key    [12, 7, 7]      [12, 1, 8]
     logits, after the last token only   [1, 50257]      [1, 50257]
 
-The sixty lines are the code before `main`, without comments. They also run on JAX, with
-`import jax.numpy as np` in place of the line below: see examples/README.md.
+The sixty lines are the code before `main`, without docstrings and comments. They also run on JAX,
+with `import jax.numpy as np` in place of the line below: see examples/README.md.
 """
 
 import numpy as np
@@ -114,8 +114,8 @@ def attention(q, k, v, mask):
 
     A Python dict returns the one value whose key equals the query. Attention is like a dict in
     which each key can match more or less. The score of a query and a key (a logit is a score too,
-    but of a token) is their dot product, divided by the root of d. Softmax turns scores into
-    weights. `mask` is added before: 0 changes nothing, and -1e10 makes a weight 0: a hidden key.
+    but of a token) is their dot product, divided by the root of d. Then `mask` is added: 0 changes
+    nothing, and -1e10 hides a key, because softmax gives it the weight 0.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
     >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
@@ -126,8 +126,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     Shapes: `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot product
-    is a sum of d products. If each is about 1 or -1, their sum typically gets as far as the root of
-    d, like a random walk. Undivided, it would give one key nearly all the weight by chance.
+    is a sum of d products. If each is about 1 or -1, the sum is like a random walk: it typically
+    ends about the root of d away from 0. Undivided, such sums would give one key nearly all weight.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -141,12 +141,12 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     the key. For example, the query of a verb may look for its subject. Then the key of a noun
     before it may match, and the noun's value goes to the verb.
 
-    A head is an attention of its own. Each of the `n_head` heads gets a piece of d numbers of every
+    Each head is a separate attention. Each of the `n_head` heads gets a piece of d numbers of every
     vector, so that it can look for something of its own. `c_proj` mixes what all of them found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
     keys and values of earlier tokens come first, and `mha` writes those of `x` after them. The
-    earlier ones need no update, because no token sees a later one, and so none can change.
+    earlier ones stay as they are, because no token sees a later one.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -167,10 +167,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     Only what `mha` and `ffn` read is normalised. `x` itself is only added to, so later blocks can
-    still use what earlier ones added. This helps training too, which computes from the last block
-    back to the first how the model's error changes with `x`: the gradient. An addition passes it
-    back unchanged. The first GPT normalised after every addition, which divides `x`, and so the
-    gradient, by a standard deviation each time. In the end it may be too small to learn from.
+    still use what earlier ones added. Training also needs the gradient: how the model's error
+    changes with `x`, computed from the last block back to the first. An addition passes it back
+    unchanged. The first GPT normalised after every addition. That divides `x`, and so the gradient,
+    by a standard deviation each time, and may leave too little for the first blocks to learn from.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -184,12 +184,12 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. The row of `wpe` `[n_ctx, n_embd]` for the
     token's position is added to it. Without positions, attention in the first block would find the
-    same after "dog bites man" as after "man bites dog", because an average has no order.
+    same for a "." after "dog bites man" as after "man bites dog": an average has no order.
 
     The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
-    the token that comes next. Large rows would make extreme logits, so `ln_f` first brings all rows
-    to one scale. Training makes the dot product large if two rows describe the same token. So one
-    `wte` serves both to read tokens and to score them.
+    the token that comes next. Training makes it large if both describe the same token. So one `wte`
+    serves both to read tokens and to score them. Large rows of `x` would make extreme logits, so
+    `ln_f` first brings them to one scale.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
@@ -220,11 +220,11 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    # As float64, because in float32, a sum near 1 stays the same if a tiny probability is added.
+    # In float32, a tiny probability that is added to a sum near 1 is lost: its id would never come.
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
     # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, as long as its
-    # probability. `argmax` finds the first True, which is the part with a random point in it.
+    # probability. `argmax` finds the first True: the part that a random point falls into.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -232,8 +232,8 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
     """Yield the ids that follow `inputs`, one by one; by default until the context is full.
 
     `pick` gets the logits `[n_vocab]` and returns an id. The default is greedy: it takes the
-    likeliest. `lambda logits: sample(logits, np.random.default_rng())` samples instead. The cache,
-    72 MiB for 1,024 tokens in 124M, saves reading a token twice.
+    likeliest. With `random = np.random.default_rng()`, `lambda logits: sample(logits, random)`
+    samples instead. The cache, 72 MiB for 1,024 tokens in 124M, saves reading a token twice.
 
     Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
     `wte`, if `n_tokens_to_generate` is below 0, or if prompt and new tokens exceed the context.
@@ -272,7 +272,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
         temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
             makes unlikely tokens likelier; by default 0, or 1 with --top_k, --top_p or --seed
         top_k: sample from this many of the likeliest tokens only
-        top_p: sample from the likeliest tokens only, whose probabilities add up to this number
+        top_p: sample from the fewest likeliest tokens whose probabilities reach this number
         seed: a whole number; the same seed gives the same text again
         show: in Python, called with each piece of text as it comes
     """
@@ -286,7 +286,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
-    ids = takewhile(lambda id: id not in encoder.eos, new)  # until <|endoftext|>, or another end
+    ids = takewhile(lambda id: id not in encoder.eos, new)  # until an end, as <|endoftext|>
     pieces = []
     for piece in encoder.decode_stream(ids):  # which waits for all parts of a rare character
         show(piece)

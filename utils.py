@@ -86,7 +86,7 @@ def load_encoder_hparams_and_params(model_size, models_dir=None):
     except FileNotFoundError as error:
         missing = os.path.basename(error.filename)[:60]
         raise FileNotFoundError(f"{folder} has no {missing}. {LAYOUTS}") from None
-    params["wte"] = params["wte"][: len(encoder.encoder)]  # It can also have fewer rows than that.
+    params["wte"] = params["wte"][: len(encoder.encoder)]
     hparams["n_vocab"] = len(params["wte"])
     set_ends(encoder, folder, hparams["n_vocab"])
     return encoder, hparams, params
@@ -146,8 +146,9 @@ def set_ends(encoder, folder, n_vocab):
 def build_params(hparams, leaf):
     """Build the tree of parameters, with `leaf(name, *shape)` for each of them.
 
-    The names are OpenAI's without the `model/` at their start. The shapes are those that `gpt2`
-    takes. The calls always come in the same order, because a `leaf` may return random numbers.
+    This is the only list of the parameters. The names are OpenAI's without the `model/` at their
+    start. The shapes are those that `gpt2` takes, and those in the files. The order of the calls
+    only matters where `leaf` returns random numbers.
     """
     n_embd = hparams["n_embd"]
 
@@ -192,11 +193,12 @@ def find_checkpoint(folder):
 
     A fine-tuned model may name the folder that it was trained in, so only the last part counts.
     """
-    latest = re.search(r'(?m)^model_checkpoint_path: "([^"\0]+)"', read_text(folder / "checkpoint"))
+    path = folder / "checkpoint"
+    pattern = r'(?m)^model_checkpoint_path: "(?:.*[/\\])?([^"/\\\0]{1,200})"'
+    latest = re.search(pattern, read_text(path))
     if not latest:
-        raise UserError(f"{folder / 'checkpoint'} names no checkpoint")
-    name = re.split(r"[/\\]", latest[1])[-1]
-    return folder / name[:200]  # A longer one is no name of a file.
+        raise UserError(f"{path} names no checkpoint")
+    return folder / latest[1]
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -207,7 +209,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     `c-chat-gpt-2` reads OpenAI's files in the same way. Raises ValueError if the size of the file
     does not fit `hparams`.
     """
-    shapes = {}
+    shapes = {}  # by name; this tree is only built to collect them
     build_params(hparams, lambda name, *shape: shapes.update({name: shape}))
     names = sorted(shapes)
     ends = np.cumsum([math.prod(shapes[name]) for name in names])
@@ -237,12 +239,13 @@ def load_hugging_face(folder):
     require(path, config, **FIXED)
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     tensors = read_tensors(folder)
-    # `lm_head.weight` is a second name of `wte.weight`. A file may have one of them, or both.
+    # GPT-2 scores the tokens with `wte`. So if `lm_head.weight` is there, it is the same, or it is
+    # there instead.
     if "lm_head.weight" in tensors:
         lm_head = tensors["lm_head.weight"]
         wte = tensors.setdefault("wte.weight", lm_head)
         if not np.array_equal(lm_head.data, wte.data):
-            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it would be in GPT-2")
+            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it is in GPT-2")
 
     def leaf(name, *shape):
         return as_float32(tensors, huggingface_name(name), shape)
@@ -288,15 +291,16 @@ def read_safetensors(path):
             tensors[name] = Tensor(path, dtype, entry["shape"], numbers[begin:end])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
+    # So bytes that were lost or added in the middle are noticed. `as_float32` looks at each tensor.
     if sum(tensor.data.size for tensor in tensors.values()) != numbers.size:
-        raise UserError(f"{path} is damaged or cut off: its numbers do not end where the file ends")
+        raise UserError(f"{path} is damaged or cut off: its tensors do not fill the file")
     return tensors
 
 
 def as_float32(tensors, name, shape):
     """Return the tensor of this name and shape as a read-only float32 array.
 
-    An aligned float32 tensor is a view of the mapped file. Any other one is copied once, here,
+    An aligned float32 tensor is a view of the mapped file. Any other tensor is copied once, here,
     because otherwise every matrix product would copy it.
     """
     if name not in tensors:
@@ -337,8 +341,8 @@ def download_gpt2_files(model_size, model_dir):
 
     `GPT2_BASE_URL` in the environment replaces the address up to `/<size>/<file>`. Raises
     ValueError for a size that was not published, and OSError if the network, the server or the disk
-    fails, or if a file does not have the size or the MD5 that the server told. If the connection
-    breaks, the part that has come is kept, and the next call continues there.
+    fails, or if a file does not have the size or the MD5 that the server announced. If the
+    connection breaks, the part that has come is kept, and the next call continues there.
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be {', '.join(SIZES)}, not {reprlib.repr(model_size)}")
@@ -354,20 +358,27 @@ def download_gpt2_files(model_size, model_dir):
             try:
                 fetch(session, url, folder / name)
             except (OSError, OverflowError, ValueError) as error:  # the last two for odd headers
-                while inner := error.__cause__ or error.__context__:
-                    error = inner  # The library wraps the real reason into several errors.
-                reason = str(error)[:200]
+                reason = str(root_cause(error))[:200]
                 raise OSError(f"{url} did not arrive: {reason}. {BUNDLED}") from None
 
 
+def root_cause(error):
+    """Return the innermost error. The library `requests` wraps it into several others."""
+    inner = error.__cause__ or error.__context__
+    return root_cause(inner) if inner else error
+
+
 def new_session():
-    """Return a session of the library `requests` that asks a busy server up to five times."""
+    """Return a session of the library `requests`, which repeats a request up to four times.
+
+    It does so if the server is busy, fails or cannot be reached, after 0, 1, 2 and 4 seconds.
+    """
     import requests
 
-    busy = [408, 429, 500, *range(502, 600)]
-    # With pauses of 0, 1, 2 and 4 seconds. The server's `Retry-After` could ask for hours.
+    statuses = [408, 429, 500, *range(502, 600)]  # 501 is final: a server that knows no HEAD
+    # The server's `Retry-After` is not read, because it could ask for hours.
     pauses = {"backoff_factor": 0.5, "respect_retry_after_header": False}
-    retry = requests.adapters.Retry(4, status_forcelist=busy, **pauses)
+    retry = requests.adapters.Retry(4, status_forcelist=statuses, **pauses)
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
@@ -392,15 +403,15 @@ def request(session, method, url, start=0):
 def fetch(session, url, path):
     """Download a file under a temporary name, check it, and rename it.
 
-    Nothing is written before the server has told the size. Only one process downloads. If another
-    one has been faster, the file is there already.
+    Nothing is written before the server has announced the size. A part of an earlier download is
+    completed. Only one process downloads. The others wait, and then find the file.
     """
     from filelock import FileLock
 
-    told = request(session, "HEAD", url).headers
-    size, md5 = int(told.get("Content-Length", 0)), told.get("Content-MD5")
+    announced = request(session, "HEAD", url).headers
+    size = int(announced.get("Content-Length", 0))
     if size < 1:
-        raise OSError("the server does not tell its size")
+        raise OSError("the server does not announce the size of the file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(".lock")):
         if path.exists():
@@ -408,32 +419,42 @@ def fetch(session, url, path):
         part = path.with_name(f"{path.name}.part")
         if not part.exists() or part.stat().st_size > size:
             part.write_bytes(b"")
-        for _ in range(MAX_REQUESTS):
-            if part.stat().st_size < size:
-                receive(session, url, part, size)
-        if part.stat().st_size < size:
-            raise OSError(f"{MAX_REQUESTS} answers ended too early. Run again to continue")
-        digest = hashlib.md5(map_file(part), usedforsecurity=False).digest()
-        if md5 and md5 != base64.b64encode(digest).decode():
-            part.unlink()
-            raise OSError("its MD5 is wrong, so it is deleted. Run again to download it again")
+        n_requests = 0
+        while part.stat().st_size < size:
+            if n_requests == MAX_REQUESTS:
+                raise OSError(f"{n_requests} answers ended too early. Run again to continue")
+            receive(session, url, part, size)
+            n_requests += 1
+        check_md5(part, announced.get("Content-MD5"))
         part.replace(path)
 
 
 def receive(session, url, part, size):
-    """Request the rest of a file, and write to `part` what comes until the connection breaks."""
+    """Request the rest of a file, and append to `part` what comes, until the connection breaks."""
     from requests.exceptions import BaseHTTPError
     from tqdm import tqdm
 
     with open(part, "r+b") as file:
         start = file.seek(0, os.SEEK_END)
         response = request(session, "GET", url, start)
-        if response.status_code == 200:  # The whole file comes.
-            start = file.seek(0)
+        if response.status_code == 200:
+            start = file.seek(0)  # The whole file comes, and the same bytes are written again.
         progress = tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start)
+        # If the connection breaks, this ends without an error, and `fetch` calls it again. The
+        # pieces are small, because the last one can be lost.
         with response, progress as out, contextlib.suppress(BaseHTTPError):
-            # Small pieces, because the last one can be lost if the connection breaks.
             for piece in response.raw.stream(1 << 13, decode_content=False):
                 if file.tell() + len(piece) > size:
-                    raise OSError("it is longer than the server told")
+                    raise OSError("the file is longer than the server announced")
                 out.write(piece)
+
+
+def check_md5(part, md5):
+    """Delete a downloaded file, and raise OSError, if it has another MD5 than `md5`, in base64.
+
+    If `md5` is None, the server has not announced it, and the size is all that is checked.
+    """
+    digest = hashlib.md5(map_file(part), usedforsecurity=False).digest()
+    if md5 and md5 != base64.b64encode(digest).decode():
+        part.unlink()
+        raise OSError("the file had a wrong MD5 and was deleted. Run again to download it again")

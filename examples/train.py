@@ -34,7 +34,7 @@ try:
 
     import gpt2
     import utils
-    from command import command_line, numbers
+    from command import command_line, read_options
     from encoder import END_OF_TEXT, Encoder, UserError, home, read_text
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -r examples/requirements.txt")
@@ -74,8 +74,8 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
         num_processes: how many processes there are
         process_id: the number of this process, from 0 on; only process 0 reports and saves
     """
-    options = numbers(LIMITS, steps=steps, batch=batch, length=length, lr=lr)
-    team = numbers(LIMITS, num_processes=num_processes, process_id=process_id)
+    options = read_options(LIMITS, steps=steps, batch=batch, length=length, lr=lr)
+    team = read_options(LIMITS, num_processes=num_processes, process_id=process_id)
     text_path, model_dir = home(text_path), home(model_dir).resolve()
     if not text_path.is_file():
         raise UserError(f"There is no text file {text_path}")

@@ -171,6 +171,7 @@ DAMAGED = [
     ("openai", "hparams.json", b"[]", "is not a JSON object"),
     ("openai", "hparams.json", b"{}", "n_vocab must be a number above 0"),
     ("openai", "checkpoint", b"", "names no checkpoint"),
+    ("openai", "checkpoint", b'model_checkpoint_path: "%s"' % (b"x" * 999), "names no checkpoint"),
     *(("saved", "model.safetensors", change, "is damaged or cut off: ") for change in CHANGES),
     *(("saved", "model.safetensors", header, "is damaged or cut off: ") for header in HEADERS),
     *(("saved", "model.safetensors", data, "is damaged.*Git LFS") for data in ANOTHER_FILE),
@@ -204,13 +205,6 @@ def test_a_missing_file_is_named_with_all_that_a_model_has(layout, name, request
     with pytest.raises(FileNotFoundError, match=words) as error:
         load(folder)
     assert "\n" not in str(error.value)
-
-
-def test_a_long_name_of_a_checkpoint_is_not_repeated_whole(openai):
-    (openai / "checkpoint").write_text(f'model_checkpoint_path: "{"x" * 10**6}"')
-    with pytest.raises(OSError, match=f"has no {'x' * 40}") as error:
-        load(openai)
-    assert len(str(error.value)) < len(str(openai)) + 300
 
 
 @pytest.mark.parametrize("name", ["", "no_such", "../no_such", "1558m", "x\0", "x" * 10**6])
