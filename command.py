@@ -120,7 +120,6 @@ def parse_words(words, main):
     def keep(*values, **options):
         arguments.update(keep.__signature__.bind(*values, **options).arguments)
 
-    fire.decorators.SetParseFn(str)(keep)  # Otherwise the prompt 42 would become a number.
     keep.__signature__ = inspect.Signature(positional + flags)
     if {"-h", "--help"} & {*words}:
         # Fire itself would show its help in a pager.
@@ -132,6 +131,7 @@ def parse_words(words, main):
     positional = [p.replace(default=None) if p.name == "prompt" else p for p in positional]
     too_many = inspect.Parameter("too_many", inspect.Parameter.VAR_POSITIONAL)
     keep.__signature__ = inspect.Signature([*positional, too_many, *flags])
+    fire.decorators.SetParseFn(str)(keep)  # Otherwise the prompt 42 would become a number.
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             # Words after the last -- are options of Fire. For Fire, the word - separates two

@@ -28,7 +28,7 @@ try:
     import optax
     import regex
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from safetensors.numpy import save_file
+    from safetensors import numpy as safetensors
     from tokenizers import ByteLevelBPETokenizer
     from tqdm import tqdm
 
@@ -325,7 +325,7 @@ def save(model_dir, encoder, hparams, params):
         new.mkdir()
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (new / "tokenizer.json").write_text(fast_tokenizer(encoder).to_str(pretty=True), "utf-8")
-        save_file(tensors, new / "model.safetensors", {"format": "pt"})
+        (new / "model.safetensors").write_bytes(safetensors.save(tensors, {"format": "pt"}))
         new.rename(model_dir)
 
 

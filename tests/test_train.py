@@ -111,7 +111,8 @@ def test_the_saved_folder_has_hugging_faces_layout_and_all_special_tokens(small)
 def test_saving_may_die_before_any_change_of_a_file(train, small, tmp_path, monkeypatch):
     """Then no folder has the name of the model, and no part of it is left."""
     encoder, hparams, params = load_encoder_hparams_and_params("start", small)
-    real, left = {name: getattr(Path, name) for name in ("mkdir", "write_text", "rename")}, []
+    names, left = ("mkdir", "write_text", "write_bytes", "rename"), []
+    real = {name: getattr(Path, name) for name in names}
 
     def dying(name):
         def change(*args, **options):
@@ -122,12 +123,12 @@ def test_saving_may_die_before_any_change_of_a_file(train, small, tmp_path, monk
 
     for name in real:
         monkeypatch.setattr(Path, name, dying(name))
-    for n_changes in range(4):
+    for n_changes in range(5):
         left[:] = [None] * n_changes
         with pytest.raises(IndexError):
             train.save(tmp_path / "new", encoder, hparams, params)
         assert not os.listdir(tmp_path)
-    left[:] = [None] * 4
+    left[:] = [None] * 5
     train.save(tmp_path / "new", encoder, hparams, params)
     assert sorted(os.listdir(tmp_path / "new")) == FILES and os.listdir(tmp_path) == ["new"]
 
