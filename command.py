@@ -19,7 +19,7 @@ import numpy as np
 
 from encoder import UserError
 
-SEE_HELP = f"See python {sys.argv[0]} --help."
+SEE_HELP = "See --help."
 
 
 def command_line(main):
@@ -51,7 +51,7 @@ def command_line(main):
     try:
         if status == 130:
             print()  # Ctrl-C may have come in the middle of a line.
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:  # The pipe is closed, or the disk is full. At exit, Python would flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
@@ -73,9 +73,17 @@ def use_utf_8():
 
 
 def read_arguments(main):
-    """Return the arguments for `main`. With -h or --help, print the help and exit."""
-    arguments = parse_words(sys.argv[1:], main)
-    parameters = inspect.signature(main).parameters
+    """Return the arguments for `main`. With -h or --help, print the help and exit.
+
+    Parameters that are keyword-only in `main` are left out, because they are for Python.
+    """
+    words, parameters = sys.argv[1:], inspect.signature(main).parameters
+    in_shell = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
+    if {"-h", "--help"} & {*words}:
+        print_help(main, in_shell)
+        sys.exit()
+    check_flags(words)
+    arguments = parse_words(words, in_shell)
     if "prompt" in parameters:
         arguments["prompt"] = read_prompt(arguments.get("prompt"))
     if "show" in parameters:
@@ -83,74 +91,84 @@ def read_arguments(main):
     return arguments
 
 
-def check_flags(words):
-    """Raise UserError for a flag that has no value: the next word is a flag too, or there is none.
+def print_help(main, parameters):
+    """Print what the library Fire makes of the docstring of `main` and of these parameters.
 
-    Fire would give such a flag the value True.
+    Fire itself would write to standard error, and into a pager in a terminal. So this function uses
+    two parts of Fire that its manual does not mention.
     """
+    import fire
+
+    @functools.wraps(main)
+    def command(): ...
+
+    # In the help, parameters without a default come first, and all others are flags.
+    positional = [p for p in parameters if p.default is p.empty]
+    flags = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.default is not p.empty]
+    command.__signature__ = inspect.Signature(positional + flags)
+    trace = fire.trace.FireTrace(command, name=os.path.basename(sys.argv[0]))
+    print(fire.helptext.HelpText(command, trace), flush=True)
+
+
+def check_flags(words):
+    """Raise UserError for a flag without a name or a value. Fire would give it the value True."""
     flag = r"--?[a-zA-Z][\w-]*"
-    for word, next_word in itertools.pairwise([*words, "--end"]):
+    for word, next_word in itertools.pairwise([*words, "--end-of-the-words"]):
+        if re.match("--+(=|$)", word):
+            raise UserError(f"{word[:40]} is not an option. {SEE_HELP}")
+        # The next word may be a flag with its value in it, such as --seed=1.
         if re.fullmatch(flag, word) and re.match(flag, next_word):
             raise UserError(f"{word[:40]} needs a value. {SEE_HELP}")
 
 
-def parse_words(words, main):
-    """Return the arguments for `main` that the library Fire finds in the words, as strings.
+def parse_words(words, parameters):
+    """Return the arguments that are in the words, as strings.
 
-    Only parameters without a default take words without a flag, so that no word of a prompt becomes
-    the value of an option if the quotes are missing. Parameters that are keyword-only in `main` are
-    left out, because they are for Python.
+    The library Fire finds the flags, such as --seed or -s. The words that are left are for the
+    parameters without a default, in their order. So no word of a prompt becomes the value of an
+    option if the quotes are missing.
 
-    >>> def main(prompt, seed=None, *, show=print): ...
-    >>> parse_words(["42", "--seed", "1"], main)
-    {'prompt': '42', 'seed': '1'}
-
-    No other function knows how Fire works. Fire calls `keep` instead of `main`, because it would
-    apply a word too many to the text that `main` returns.
+    >>> parameters = inspect.signature(lambda prompt, seed=None: ...).parameters.values()
+    >>> parse_words(["42", "-s", "1"], parameters)
+    {'seed': '1', 'prompt': '42'}
     """
     import fire
 
-    parameters = inspect.signature(main).parameters.values()
-    positional = [p for p in parameters if p.default is p.empty]
-    optional = [p for p in parameters if p.default is not p.empty and p.kind != p.KEYWORD_ONLY]
-    flags = [p.replace(kind=p.KEYWORD_ONLY) for p in optional]
-    arguments = {}
+    kept = []
 
-    @functools.wraps(main)  # The help has the name and the docstring of `main`.
+    # Fire calls `keep` and not `main`, because it would apply a word too many to the text that
+    # `main` returns.
+    @fire.decorators.SetParseFn(str)  # Otherwise the prompt 42 would become a number.
     def keep(*values, **options):
-        arguments.update(keep.__signature__.bind(*values, **options).arguments)
+        kept.append((values, options))
 
-    keep.__signature__ = inspect.Signature(positional + flags)
-    if {"-h", "--help"} & {*words}:
-        # Fire itself would show its help in a pager.
-        trace = fire.trace.FireTrace(keep, name=os.path.basename(sys.argv[0]))
-        print(fire.helptext.HelpText(keep, trace), flush=True)
-        sys.exit()
-    check_flags(words)
-    # A prompt that is left out comes from standard input. Words too many are collected.
-    positional = [p.replace(default=None) if p.name == "prompt" else p for p in positional]
-    too_many = inspect.Parameter("too_many", inspect.Parameter.VAR_POSITIONAL)
-    keep.__signature__ = inspect.Signature([*positional, too_many, *flags])
-    fire.decorators.SetParseFn(str)(keep)  # Otherwise the prompt 42 would become a number.
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            # Words after the last -- are options of Fire. For Fire, the word - separates two
-            # commands, but here, - is a prompt. So the separator is a character that no word has.
-            fire.Fire(keep, [*words, "--", "--separator=\0"])
-    except fire.core.FireExit as error:
-        fault, _, word = error.trace.elements[-1].ErrorAsStr().partition(": ")
-        raise UserError(f"{fault}: {word[:40]}. {SEE_HELP}") from None
-    for word in arguments.pop("too_many", ()):
+    # Words after the last -- are options of Fire. For Fire, the word - separates two commands, but
+    # here, - is a prompt. So the separator is a character that no word has.
+    fire.Fire(keep, [*words, "--", "--separator=\0"])
+    values, options = kept.pop()
+    arguments = {}
+    for key, value in options.items():
+        names = [p.name for p in parameters if key in (p.name, p.name[0])]
+        if len(names) != 1:
+            what = f"can be {' or '.join(names)}" if names else "is not an option"
+            raise UserError(f"{'-' * min(len(key), 2)}{key[:40]} {what}. {SEE_HELP}")
+        arguments[names[0]] = value
+    names = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
+    if len(values) > len(names):
+        word = reprlib.repr(values[len(names)])
         quotes = "If a text has several words, put it in double quotes."
-        raise UserError(f"{reprlib.repr(word)} is a word too many. {quotes} {SEE_HELP}")
-    return arguments
+        raise UserError(f"{word} is one word too many. {quotes} {SEE_HELP}")
+    for name in names[len(values) :]:
+        if name != "prompt":  # which comes from standard input then
+            raise UserError(f"{name} is missing. {SEE_HELP}")
+    return arguments | dict(zip(names, values, strict=False))
 
 
 def read_prompt(prompt):
     """Return the prompt, with a line feed at each line end.
 
-    A prompt that is typed stays as it is, and "" starts a new text. With "-", or if no prompt is
-    typed and standard input is redirected, the prompt is what comes from there.
+    With "-", or if no prompt is typed and standard input is redirected, the prompt is what comes
+    from there. A prompt may be "", which starts a new text.
     """
     is_missing = prompt is None
     stdin = sys.stdin or io.StringIO()  # It can be closed.
@@ -260,7 +278,7 @@ def picker(sample, **options):
 
     def pick(logits):
         if not np.isfinite(logits).all():
-            raise UserError("The model's scores are not numbers. Perhaps its training diverged.")
+            raise UserError("The model's scores are not numbers. Has its training diverged?")
         return choose(logits)
 
     return pick
@@ -280,6 +298,6 @@ def encode_prompt(prompt, encoder, hparams, n_new):
     room = hparams["n_ctx"] - len(ids)
     if n_new > room:
         sizes = f"{len(ids):,} tokens, and the context of this model has {hparams['n_ctx']:,}"
-        most = f"n_tokens_to_generate may be {room:,} at most"
-        raise UserError(f"The prompt has {sizes}. {most if room > 0 else 'Shorten the prompt'}.")
+        advice = f"n_tokens_to_generate may be {room:,} at most." if room > 0 else "Shorten it."
+        raise UserError(f"The prompt has {sizes}. {advice}")
     return ids

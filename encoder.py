@@ -26,8 +26,8 @@ class UserError(ValueError):
 def bytes_to_unicode():
     """Return a visible character for each byte.
 
-    A byte that is a visible character in Latin-1 stands for that character. The others get the
-    characters from U+0100 on.
+    If a byte is a visible character in Latin-1, it gets that one. The others get the characters
+    from U+0100 on.
 
     >>> "".join(bytes_to_unicode()[byte] for byte in "a café".encode("utf-8"))
     'aĠcafÃ©'
@@ -41,8 +41,8 @@ class Encoder:
     """A tokenizer, made of the ids of its tokens, and of the pairs to merge, in order of priority.
 
     Special tokens, such as <|endoftext|>, can be found in a text before it is cut into words. `bos`
-    are the ids that start a text, and `eos` those that end one. Both are <|endoftext|>, if the
-    vocabulary has it. The loader of a model may set others.
+    is the list of the ids that start a text, and `eos` the set of those that end one. Both have
+    <|endoftext|>, if the vocabulary has it. The loader of a model may set others.
 
     >>> merges = [("l", "o"), ("lo", "w"), ("e", "r")]
     >>> tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
@@ -78,7 +78,7 @@ class Encoder:
         return parts.split()
 
     def encode(self, text, allowed_special=()):
-        """Turn text into ids. By default, <|endoftext|> is plain text, as in OpenAI's code.
+        """Turn text into ids. By default, special tokens are plain text, as in OpenAI's code.
 
         `allowed_special` is a set of special tokens, or "all". In the text, these become one id
         each. If several begin at one place, the longest is taken. Raises ValueError for a text that
@@ -145,6 +145,7 @@ class Encoder:
         if any(char not in self.byte_decoder for char in token):
             return as_it_looks
         spelled = bytes(self.byte_decoder[char] for char in token)
+        # A token of one character is one byte, which may be a part of a character of the text.
         is_utf_8 = spelled.decode("utf-8", "ignore").encode("utf-8") == spelled
         if token in self.special and len(token) > 1 and not is_utf_8:
             return as_it_looks
@@ -153,7 +154,7 @@ class Encoder:
 
 # --- Reading a tokenizer from its folder ---
 
-# How a token looks that no merge makes and that is no added token either: <s> or [PAD].
+# The look of special or unused tokens that no merge makes and no file lists: <s>, [PAD].
 LOOKS_SPECIAL = r"<.+>|\[.+\]"
 
 
@@ -163,7 +164,7 @@ def get_encoder(model_name, models_dir):
     The tokenizer is in Hugging Face's `tokenizer.json`, or else in `vocab.json` and `merges.txt`,
     or else in OpenAI's `encoder.json` and `vocab.bpe`. The flags `lstrip`, `rstrip` and
     `single_word` of added tokens are ignored. Raises FileNotFoundError if a file is missing, and
-    ValueError if a file is damaged, or has settings that would change the ids.
+    ValueError if a file is damaged, or has other settings that would change the ids.
     """
     folder = home(models_dir) / model_name
     path = folder / "tokenizer_config.json"
@@ -184,8 +185,8 @@ def get_encoder(model_name, models_dir):
 def read_tokenizer_json(path):
     """Read a `tokenizer.json`, the format of the library `tokenizers`.
 
-    Its special tokens are its `added_tokens`. A setting with which that library would find other
-    ids than `Encoder` is refused. The tests compare the ids of both.
+    Its special tokens are its `added_tokens`. Settings are refused with which that library would
+    find other ids than `Encoder`. The tests compare the ids of both.
     """
     content = read_json(path)
     model = content["model"]
@@ -198,8 +199,8 @@ def read_tokenizer_json(path):
     processor = content.get("post_processor") or {}
     # A sequence has a list of steps. Any other processor is a single step.
     for step in processor.get("processors", [processor]):
-        # These name tokens that the step adds to every text. `processors` would be steps in a step.
-        require(path, step, special_tokens=None, cls=None, sep=None, processors=None)
+        require(path, step, processors=None)  # no sequence in a sequence
+        require(path, step, special_tokens=None, cls=None, sep=None)  # added to every text
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -224,7 +225,8 @@ def checked_encoder(path, vocabulary, merges, special):
     """Return an `Encoder`, if its vocabulary and its merges belong together.
 
     Raises UserError unless the ids are 0, 1, 2 and so on, every merge has two parts and makes a
-    token, and every token is made by a merge, or is a single character, or special, or unused.
+    token, and a merge makes every token, except for single characters, for special tokens, and for
+    unused ones, which look special.
     """
     ids = vocabulary.values()
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
@@ -236,7 +238,7 @@ def checked_encoder(path, vocabulary, merges, special):
     for token in merged - vocabulary.keys():
         raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")
     for token in vocabulary.keys() - merged - {*special}:
-        if not regex.fullmatch(f".?|{LOOKS_SPECIAL}", token):
+        if len(token) > 1 and not regex.fullmatch(LOOKS_SPECIAL, token):
             raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")
     return Encoder(vocabulary, merges, special)
 
@@ -247,7 +249,8 @@ def checked_encoder(path, vocabulary, merges, special):
 def require(where, settings, **wanted):
     """Raise UserError if a setting is there and is not as wanted.
 
-    A setting that is missing has its default, which is as wanted. null, "" and false are the same.
+    A setting that is missing has its default, which is as wanted. If null or false is wanted, then
+    0, "" and empty lists and dicts will do too.
     """
     for name, value in wanted.items():
         found = settings.get(name, value)
@@ -286,4 +289,4 @@ def read_text(path):
 
 def home(path):
     """Return a path, with the user's home in place of a ~ at its start."""
-    return Path(os.path.expanduser(path))
+    return Path(os.path.expanduser(path))  # `Path.expanduser` raises for a user who is not there.

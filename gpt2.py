@@ -10,8 +10,8 @@ Inside the model, each token is a row of numbers. The rows form an array `x`, th
 which runs through all blocks. A block only adds to `x`, and what it adds is called a residual. At
 first, a row says which token it stands for and at which position. In each block, attention adds to
 each row what it finds in that row and in the rows before. Then a feed-forward network adds what it
-computes from each row alone. In the end, each row describes the token that the model expects after
-its own. The sizes in 124M, the smallest GPT-2:
+computes from each row alone. In the end, each row describes the token that should come after its
+own. The sizes in 124M, the smallest GPT-2:
 
     n_vocab  tokens in the vocabulary                                50,257
     n_ctx    the context: the most tokens that a text can have       1,024
@@ -32,13 +32,13 @@ embeddings: a row for each id or position), `ln_f` (the final layer norm), and, 
 
 `attn` goes to the function `mha`, and `mlp` (multi-layer perceptron) to `ffn`. `linear(x, **c_fc)`
 means `linear(x, w=c_fc["w"], b=c_fc["b"])`. `stream` reads the whole prompt in its first step, and
-one new token in each later step. A cache keeps the keys and values (see `mha`) of all tokens read
-before. In 124M, with a prompt of 7 tokens (the rows from `q` to the scores belong to `mha`):
+one new token in each later step. A cache keeps two vectors of each token read before, its key and
+its value. In 124M, with a prompt of 7 tokens (for the lines from `q` to the scores, see `mha`):
 
                                         step 1          step 2
     n_past, the tokens read before      0               7
     n_seq, the tokens read now          7               1
-    n_k, the keys of all these          7               8
+    n_k, the keys, n_past + n_seq       7               8
     inputs                              7 ids           1 id
     x, the residual stream              [7, 768]        [1, 768]
     q, in one block, for 12 heads       [12, 7, 64]     [12, 1, 64]
@@ -110,12 +110,12 @@ def ffn(x, c_fc, c_proj):
 
 
 def attention(q, k, v, mask):
-    """For each query, return the average of the values, weighted by how well their keys match.
+    """For each query, return the average of the values, weighted by how well their keys match it.
 
     A Python dict returns the one value whose key equals the query. Attention is like a dict in
-    which each key can match more or less. The score of a query and a key (a logit is a score too,
-    but of a token) is their dot product, divided by the root of d. Then `mask` is added: 0 changes
-    nothing, and -1e10 hides a key, because softmax gives it the weight 0.
+    which each key can match more or less. The score of a query and a key is their dot product,
+    divided by the root of d. (A logit is a score too, but of a token.) Then `mask` is added: 0
+    changes nothing, and -1e10 hides a key, because softmax gives it the weight 0.
 
     >>> k, v = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[10.0], [20.0]])
     >>> attention(np.array([[50.0, 0.0]]), k, v, mask=0.0)  # a large score with the first key only
@@ -126,8 +126,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     Shapes: `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot product
-    is a sum of d products. If each is about 1 or -1, the sum is like a random walk: it typically
-    ends about the root of d away from 0. Undivided, such sums would give one key nearly all weight.
+    is a sum of d products. If each is 1 or -1 at random, the sum is a random walk: it typically
+    ends about the root of d away from 0. Softmax of such sums would pick one key by chance.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -137,16 +137,16 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
     """Multi-head attention: each token of `x` `[n_seq, n_embd]` looks at itself and earlier ones.
 
     `c_attn` makes three vectors from each row. The query says what the token is looking for. The
-    key says what the token has to offer. The value is what goes to the tokens whose query matches
-    the key. For example, the query of a verb may look for its subject. Then the key of a noun
-    before it may match, and the noun's value goes to the verb.
+    key says what the token offers. The value is what goes to the tokens whose query matches
+    the key. For example, the query of a verb may look for its subject. Then the key of an
+    earlier noun may match, and the noun's value goes to the verb.
 
     Each head is a separate attention. Each of the `n_head` heads gets a piece of d numbers of every
     vector, so that it can look for something of its own. `c_proj` mixes what all of them found.
 
     `kv` `[2, n_head, n_past + n_seq, d]` is this block's part of the cache. On its third axis, the
     keys and values of earlier tokens come first, and `mha` writes those of `x` after them. The
-    earlier ones stay as they are, because no token sees a later one.
+    earlier ones would not change if they were computed again, because no token sees a later one.
     """
     n_seq, n_embd = x.shape
     # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, d] -> [3, n_head, n_seq, d]
@@ -156,8 +156,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None):
         k, v = kv  # those of all tokens so far, [n_head, n_k, d] each
     # For three tokens, the mask is [[0, -1e10, -1e10], [0, 0, -1e10], [0, 0, 0]]: for each query, a
     # row with 0 for the keys of its own token and of all before. `np.tri` has 1 where the mask has
-    # 0, and 0 elsewhere. With its third argument, all past tokens are seen too: for one new token
-    # after 7, the mask is eight zeros. Infinity cannot replace 1e10: 0 times infinity is NaN.
+    # 0, and 0 elsewhere. Its third argument adds a 1 for each past token: for one new token after
+    # 7, the mask is eight zeros. Infinity cannot replace 1e10: 0 times infinity is NaN.
     mask = (np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype) - 1) * 1e10
     heads = attention(q, k, v, mask)  # [n_head, n_seq, d]
     return linear(heads.swapaxes(0, 1).reshape(n_seq, n_embd), **c_proj)  # heads side by side
@@ -167,10 +167,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     """Add to `x` `[n_seq, n_embd]` what attention finds, and then what `ffn` makes of the sum.
 
     Only what `mha` and `ffn` read is normalised. `x` itself is only added to, so later blocks can
-    still use what earlier ones added. Training also needs the gradient: how the model's error
-    changes with `x`, computed from the last block back to the first. An addition passes it back
-    unchanged. The first GPT normalised after every addition. That divides `x`, and so the gradient,
-    by a standard deviation each time, and may leave too little for the first blocks to learn from.
+    still use what earlier ones added. The first GPT normalised each sum, which makes training
+    harder. Training sends the gradient, which says how the model's error changes with `x`, from the
+    last block back to the first. An addition passes the gradient on unchanged. Normalising divides
+    it by the sum's standard deviation, mostly above 1, so that little arrives at the first blocks.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -179,17 +179,17 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     """Return logits `[n_seq, n_vocab]`, but with a cache only the last row of them, `[1, n_vocab]`.
 
-    Row i scores each token of the vocabulary as the next one after the cache and `inputs[: i + 1]`.
-    Training and the probability of a text need every row. The next token needs only the last one.
+    Without a cache, row i scores each token of the vocabulary as the next one after
+    `inputs[: i + 1]`. Training needs every row. The next token needs only the last row.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. The row of `wpe` `[n_ctx, n_embd]` for the
     token's position is added to it. Without positions, attention in the first block would find the
     same for a "." after "dog bites man" as after "man bites dog": an average has no order.
 
-    The logit of a token is the dot product of its row of `wte` and a row of `x`, which describes
-    the token that comes next. Training makes it large if both describe the same token. So one `wte`
-    serves both to read tokens and to score them. Large rows of `x` would make extreme logits, so
-    `ln_f` first brings them to one scale.
+    The logit of a token is the dot product of its row of `wte` and of the row of `x` that describes
+    the token expected next. The better the two descriptions agree, the larger is the logit. So one
+    `wte` serves both to read tokens and to score them. Large rows of `x` would make extreme logits,
+    so `ln_f` first brings the rows to one scale.
 
     A `cache` `[n_layer, 2, n_head, n_past + n_seq, d]` has a `kv` for each block (see `mha`).
     """
@@ -220,11 +220,11 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     if not (temperature > 0 and 0 <= top_p <= 1 and (top_k is None or top_k >= 1)):
         raise ValueError("temperature must be above 0, top_k 1 or more, and top_p from 0 to 1")
     ids = np.argsort(-logits)[:top_k]  # the likeliest first
-    # In float32, a tiny probability that is added to a sum near 1 is lost: its id would never come.
+    # In float32, a tiny probability added to a sum near 1 is lost: its id is never sampled.
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, as long as its
-    # probability. `argmax` finds the first True: the part that a random point falls into.
+    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The length of a part is
+    # the probability. `argmax` finds the first True: the part that a random point falls into.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -233,7 +233,7 @@ def stream(inputs, params, n_head, pick=np.argmax, n_tokens_to_generate=None):
 
     `pick` gets the logits `[n_vocab]` and returns an id. The default is greedy: it takes the
     likeliest. With `random = np.random.default_rng()`, `lambda logits: sample(logits, random)`
-    samples instead. The cache, 72 MiB for 1,024 tokens in 124M, saves reading a token twice.
+    samples instead. The cache, 72 MiB for 1,024 tokens in 124M, saves reading tokens again.
 
     Raises ValueError, at the first `next`, if the prompt is empty or has an id without a row in
     `wte`, if `n_tokens_to_generate` is below 0, or if prompt and new tokens exceed the context.
@@ -266,7 +266,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
 
     Args:
         prompt: the text to continue; "" starts a new text; in a shell, - reads standard input
-        n_tokens_to_generate: the number of tokens to add; a token has about four letters
+        n_tokens_to_generate: the most tokens to add; in English, about four letters each
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir such as 1M, or another folder
         models_dir: by default, the folder models beside this program; downloads go into it
         temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
@@ -286,7 +286,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encode_prompt(prompt, encoder, hparams, n_new)
     new = stream(inputs, params, hparams["n_head"], pick, n_new)
-    ids = takewhile(lambda id: id not in encoder.eos, new)  # until an end, as <|endoftext|>
+    ids = takewhile(lambda id: id not in encoder.eos, new)  # up to the end of a text
     pieces = []
     for piece in encoder.decode_stream(ids):  # which waits for all parts of a rare character
         show(piece)

@@ -52,7 +52,7 @@ FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
     "scale_attn_by_inverse_layer_idx": False, "quantization_config": None,
-    # Other names for n_head and n_layer. The numbers under these names would not be read.
+    # Other names for n_head and n_layer, which are not read.
     "num_attention_heads": None, "num_hidden_layers": None,
 }  # fmt: skip
 # Hugging Face's other names for the formula of `gelu_new`.
@@ -62,9 +62,9 @@ GELU_NEW = ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate
 def load_encoder_hparams_and_params(model_size, models_dir=None):
     """Load a model.
 
-    `model_size` is a published size, the name of a folder in `models_dir`, or the path of any other
-    folder. A published size that is missing is downloaded into `models_dir/model_size`. With
-    `models_dir` None, the models are in `models` beside this file.
+    `model_size` is a published size, the name of a folder in `models_dir`, such as the bundled 1M,
+    or the path of any other folder. A published size that is missing is downloaded into
+    `models_dir/model_size`. By default, `models_dir` is the folder `models` beside this file.
 
     A folder with a `config.json` has Hugging Face's layout. From its `generation_config.json`, only
     the ids that start and end a text are used. A file may pad `wte` with rows that belong to no
@@ -100,8 +100,8 @@ def find_model(model_size, models_dir):
         if not is_hugging_face(folder):
             download_gpt2_files(model_size, folder)
         return folder
-    for folder in (models / model_size, home(model_size)):
-        if model_size and os.path.isdir(folder):
+    for folder in (models / model_size, MODELS / model_size, home(model_size)):
+        if model_size and folder not in (models, MODELS) and os.path.isdir(folder):
             return folder
     sizes = ", ".join((*SIZES, "1M"))
     raise UserError(f"model_size must be {sizes} or a folder, not {reprlib.repr(model_size)}")
@@ -239,8 +239,8 @@ def load_hugging_face(folder):
     require(path, config, **FIXED)
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     tensors = read_tensors(folder)
-    # GPT-2 scores the tokens with `wte`. So if `lm_head.weight` is there, it is the same, or it is
-    # there instead.
+    # GPT-2 scores the tokens with `wte`. So if the file has `lm_head.weight`, it must be the same,
+    # or it replaces `wte.weight` that is missing.
     if "lm_head.weight" in tensors:
         lm_head = tensors["lm_head.weight"]
         wte = tensors.setdefault("wte.weight", lm_head)
@@ -291,7 +291,7 @@ def read_safetensors(path):
             tensors[name] = Tensor(path, dtype, entry["shape"], numbers[begin:end])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
-    # So bytes that were lost or added in the middle are noticed. `as_float32` looks at each tensor.
+    # The sizes must add up, so that lost or added bytes are noticed.
     if sum(tensor.data.size for tensor in tensors.values()) != numbers.size:
         raise UserError(f"{path} is damaged or cut off: its tensors do not fill the file")
     return tensors
@@ -363,15 +363,16 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def root_cause(error):
-    """Return the innermost error. The library `requests` wraps it into several others."""
+    """Return the original error. The library `requests` wraps it in several others."""
     inner = error.__cause__ or error.__context__
     return root_cause(inner) if inner else error
 
 
 def new_session():
-    """Return a session of the library `requests`, which repeats a request up to four times.
+    """Return a session of the library `requests`.
 
-    It does so if the server is busy, fails or cannot be reached, after 0, 1, 2 and 4 seconds.
+    If the server is busy, fails or cannot be reached, a request is repeated up to four times, after
+    0, 1, 2 and 4 seconds.
     """
     import requests
 
@@ -403,8 +404,8 @@ def request(session, method, url, start=0):
 def fetch(session, url, path):
     """Download a file under a temporary name, check it, and rename it.
 
-    Nothing is written before the server has announced the size. A part of an earlier download is
-    completed. Only one process downloads. The others wait, and then find the file.
+    Nothing is written before the server has announced the size. What is left of an earlier download
+    is continued. One process downloads a file at a time. The others wait, and then find it.
     """
     from filelock import FileLock
 
@@ -440,8 +441,8 @@ def receive(session, url, part, size):
         if response.status_code == 200:
             start = file.seek(0)  # The whole file comes, and the same bytes are written again.
         progress = tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start)
-        # If the connection breaks, this ends without an error, and `fetch` calls it again. The
-        # pieces are small, because the last one can be lost.
+        # A broken connection is a BaseHTTPError. Then the file is too short, and `fetch` calls this
+        # again. The pieces are small, because one that has not come whole is lost.
         with response, progress as out, contextlib.suppress(BaseHTTPError):
             for piece in response.raw.stream(1 << 13, decode_content=False):
                 if file.tell() + len(piece) > size:
@@ -452,9 +453,11 @@ def receive(session, url, part, size):
 def check_md5(part, md5):
     """Delete a downloaded file, and raise OSError, if it has another MD5 than `md5`, in base64.
 
-    If `md5` is None, the server has not announced it, and the size is all that is checked.
+    If the server has not announced it, `md5` is None, and only the size was checked.
     """
+    if md5 is None:
+        return
     digest = hashlib.md5(map_file(part), usedforsecurity=False).digest()
-    if md5 and md5 != base64.b64encode(digest).decode():
+    if base64.b64encode(digest).decode() != md5:
         part.unlink()
         raise OSError("the file had a wrong MD5 and was deleted. Run again to download it again")

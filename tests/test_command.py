@@ -26,10 +26,10 @@ QUOTES = "If a text has several words, put it in double quotes."
 NINE = "But soft what light through yonder window breaks it"
 MISTAKES = {  # what is typed, and the words of the message
     "": ["prompt", "--help"],
-    "x --model 1M": ["--model.", "--help"],
-    "x --temprature 1": ["--temprature.", "--help"],
+    "x --model 1M": ["--model is not an option", "--help"],
+    "x --temprature 1": ["--temprature is not an option", "--help"],
     "x --show print": ["--show", "--help"],
-    "x -m 1M": ["-m", "--help"],
+    "x -m 1M": ["-m can be model_size or models_dir", "--help"],
     "x --models_dir": ["--models_dir needs a value"],
     "--prompt --model_size 1M": ["--prompt needs a value"],
     "Romeo Juliet --model_size 1M": ["'Juliet'", QUOTES, "--help"],
@@ -42,7 +42,7 @@ MISTAKES = {  # what is typed, and the words of the message
     f"x --model_size {'y' * 9999}": ["must be 124M"],
     f"x --seed {'y' * 9999}": ["seed must be a whole number"],
     "x --n_tokens_to_generate 256 --model_size 1M": ["has 1 tokens", "has 256", "be 255 at most"],
-    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten the prompt"],
+    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten it"],
 }
 SAMPLING = {
     "": {},
