@@ -32,8 +32,8 @@ embeddings: a row for each id or position), `ln_f` (the final layer norm), and, 
 
 `attn` goes to the function `mha`, and `mlp` (multi-layer perceptron) to `ffn`. `linear(x, **c_fc)`
 means `linear(x, w=c_fc["w"], b=c_fc["b"])`. `stream` reads the whole prompt in its first step, and
-one new token in each later step. A cache keeps two vectors of each token read before, its key and
-its value. In 124M, with a prompt of 7 tokens (for the lines from `q` to the scores, see `mha`):
+one new token in each later step. A cache keeps, for each block, the key and the value of each token
+read before. In 124M, with a prompt of 7 tokens (from `q` to the scores, see `attention` and `mha`):
 
                                         step 1          step 2
     n_past, the tokens read before      0               7
@@ -126,8 +126,8 @@ def attention(q, k, v, mask):
     array([[20.]])
 
     Shapes: `q` `[..., n_seq, d]`, `k` and `v` `[..., n_k, d]`, `mask` `[n_seq, n_k]`. A dot product
-    is a sum of d products. If each is 1 or -1 at random, the sum is a random walk: it typically
-    ends about the root of d away from 0. Softmax of such sums would pick one key by chance.
+    is a sum of d products. If each is 1 or -1 at random, the sum, a random walk, typically ends
+    about the root of d away from 0. Undivided, such sums would make softmax pick a key by chance.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2) + mask  # [..., n_seq, n_k]
     return softmax(scores) @ v
@@ -170,7 +170,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None):
     still use what earlier ones added. The first GPT normalised each sum, which makes training
     harder. Training sends the gradient, which says how the model's error changes with `x`, from the
     last block back to the first. An addition passes the gradient on unchanged. Normalising divides
-    it by the sum's standard deviation, mostly above 1, so that little arrives at the first blocks.
+    it by the sum's standard deviation, mostly above 1, each time: little reaches the first blocks.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -180,13 +180,13 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     """Return logits `[n_seq, n_vocab]`, but with a cache only the last row of them, `[1, n_vocab]`.
 
     Without a cache, row i scores each token of the vocabulary as the next one after
-    `inputs[: i + 1]`. Training needs every row. The next token needs only the last row.
+    `inputs[: i + 1]`. Training needs every row. Sampling needs only the last row.
 
     Each id picks its row of `wte` `[n_vocab, n_embd]`. The row of `wpe` `[n_ctx, n_embd]` for the
     token's position is added to it. Without positions, attention in the first block would find the
     same for a "." after "dog bites man" as after "man bites dog": an average has no order.
 
-    The logit of a token is the dot product of its row of `wte` and of the row of `x` that describes
+    The logit of a token is the dot product of its row of `wte` and the row of `x` that describes
     the token expected next. The better the two descriptions agree, the larger is the logit. So one
     `wte` serves both to read tokens and to score them. Large rows of `x` would make extreme logits,
     so `ln_f` first brings the rows to one scale.
@@ -223,8 +223,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     # In float32, a tiny probability added to a sum near 1 is lost: its id is never sampled.
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id. The length of a part is
-    # the probability. `argmax` finds the first True: the part that a random point falls into.
+    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id, the longer, the likelier
+    # it is. `argmax` finds the first True: the part that a random point falls into.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 
@@ -271,7 +271,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None,
         models_dir: by default, the folder models beside this program; downloads go into it
         temperature: with 0, take the likeliest token each time; above 0, sample; a higher number
             makes unlikely tokens likelier; by default 0, or 1 with --top_k, --top_p or --seed
-        top_k: sample from this many of the likeliest tokens only
+        top_k: sample only from this many of the likeliest tokens
         top_p: sample from the fewest likeliest tokens whose probabilities reach this number
         seed: a whole number; the same seed gives the same text again
         show: in Python, called with each piece of text as it comes
