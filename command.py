@@ -1,7 +1,7 @@
 """The command: from the words in a shell to the text.
 
-`command_line(main)` runs `main` with the words. The functions of the last section are for `main`
-itself, which checks its arguments with them, in a shell and in Python.
+`command_line(main)` runs `main` with the words. With the functions of the last section, `main` checks
+its arguments, in a shell and in Python.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ def command_line(main):
         if status == 130:
             print()  # Ctrl-C may have come in the middle of a line.
         print(end="", flush=True)
-    except OSError:  # The pipe is closed, or the disk is full. At exit, Python would flush again.
+    except OSError:  # The pipe is closed, or the disk is full.
+        # At exit, Python flushes again, and would tell the same error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
 
@@ -111,13 +112,17 @@ def print_help(main, parameters):
 
 
 def check_flags(words):
-    """Raise UserError for a flag without a name or a value. Fire would give it the value True."""
+    """Raise UserError for a flag without a name or without a value.
+
+    Fire would give a flag without a value the value True.
+    """
     flag = r"--?[a-zA-Z][\w-]*"
-    for word, next_word in itertools.pairwise([*words, "--end-of-the-words"]):
+    for word, next_word in itertools.pairwise([*words, None]):
         if re.match("--+(=|$)", word):
             raise UserError(f"{word[:40]} is not an option. {SEE_HELP}")
-        # The next word may be a flag with its value in it, such as --seed=1.
-        if re.fullmatch(flag, word) and re.match(flag, next_word):
+        # The next word may also be a flag with its value in it, such as --seed=1.
+        has_no_value = next_word is None or re.match(flag, next_word)
+        if re.fullmatch(flag, word) and has_no_value:
             raise UserError(f"{word[:40]} needs a value. {SEE_HELP}")
 
 
@@ -136,8 +141,8 @@ def parse_words(words, parameters):
 
     kept = []
 
-    # Fire calls `keep` and not `main`, because it would apply a word too many to the text that
-    # `main` returns.
+    # Fire does not get `main`, because it would look for a word too many in the text that `main`
+    # returns: after "Romeo upper", it would print the text in upper case.
     @fire.decorators.SetParseFn(str)  # Otherwise the prompt 42 would become a number.
     def keep(*values, **options):
         kept.append((values, options))
@@ -150,8 +155,9 @@ def parse_words(words, parameters):
     for key, value in options.items():
         names = [p.name for p in parameters if key in (p.name, p.name[0])]
         if len(names) != 1:
+            flag = f"-{key}" if len(key) == 1 else f"--{key[:40]}"
             what = f"can be {' or '.join(names)}" if names else "is not an option"
-            raise UserError(f"{'-' * min(len(key), 2)}{key[:40]} {what}. {SEE_HELP}")
+            raise UserError(f"{flag} {what}. {SEE_HELP}")
         arguments[names[0]] = value
     names = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
     if len(values) > len(names):
@@ -167,20 +173,20 @@ def parse_words(words, parameters):
 def read_prompt(prompt):
     """Return the prompt, with a line feed at each line end.
 
-    With "-", or if no prompt is typed and standard input is redirected, the prompt is what comes
-    from there. A prompt may be "", which starts a new text.
+    With "-", or if no prompt is typed and standard input is redirected, the prompt is read from
+    standard input. A prompt may be "", which starts a new text.
     """
     is_missing = prompt is None
     stdin = sys.stdin or io.StringIO()  # It can be closed.
     try:
         if prompt == "-" or (is_missing and not stdin.isatty()):
-            prompt = stdin.read().removesuffix("\n")
+            prompt = stdin.read().removesuffix("\n")  # as the shell's "$(cat file)" does
         if is_missing and not prompt:
             raise UserError(f"There is no prompt. {SEE_HELP}")
         prompt.encode("utf-8")  # This fails if an argument had a byte that is not UTF-8.
     except UnicodeError as error:
         raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
-    # "$(cat file)" with a file from Windows leaves its byte order mark and the last "\r".
+    # A file from Windows has a byte order mark and "\r\n" at the line ends.
     prompt = prompt.removeprefix("\ufeff").removesuffix("\r")
     prompt = re.sub("\r\n?", "\n", prompt)
     if prompt.endswith(" "):
@@ -189,52 +195,41 @@ def read_prompt(prompt):
     return prompt
 
 
-# --- Threads: what `show` does beside printing ---
+# --- Show: the text as it comes, and the best number of threads ---
 
 
 def new_show():
     """Return a function that prints the pieces of a text, and finds the best number of threads.
 
-    A number of threads that the user has set in the environment is kept.
+    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors,
+    and waits for the last part. If another program keeps one processor busy, every product waits.
+    Half of the threads leave room for that program. So of 50 tokens, two are made with all threads,
+    the next three with half of them, and the others with the faster number. The fastest token
+    counts, because the first one after a change may be slow. A number of threads that the user has
+    set in the environment is kept.
     """
     if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         return functools.partial(print, end="", flush=True)
     import threadpoolctl
 
-    tuner = tune_threads(threadpoolctl.ThreadpoolController().select(user_api="blas"))
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    all_threads = max((library["num_threads"] for library in blas.info()), default=1)
+    half, times = max(all_threads // 2, 1), []
 
     def show(piece):
         print(piece, end="", flush=True)
-        next(tuner)
+        times.append(time.perf_counter())
+        n_shown = len(times) % 50
+        if n_shown == 1:
+            blas.limit(limits=all_threads)
+        if n_shown == 3:
+            blas.limit(limits=half)
+        if n_shown == 6:
+            seconds = np.diff(times[-6:])  # between the last six pieces
+            with_all, with_half = min(seconds[:2]), min(seconds[2:])
+            blas.limit(limits=all_threads if with_all < with_half else half)
 
     return show
-
-
-def tune_threads(blas):
-    """Use all threads or half of them, whichever is faster; call `next` on this for each token.
-
-    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors,
-    and waits for the last part. If another program keeps one processor busy, every product waits.
-    Half of the threads leave room for that program.
-
-    Of 50 tokens, 5 are timed: 2 with all threads and 3 with half of them. Then the faster number is
-    used for 45. The fastest token counts, because the first one after a change may be slow.
-    """
-    all_threads = max((library["num_threads"] for library in blas.info()), default=1)
-    half = max(all_threads // 2, 1)
-    while True:
-        fastest = {}
-        for n_threads, n_tokens in [(all_threads, 2), (half, 3)]:
-            blas.limit(limits=n_threads)  # until the next limit is set
-            seconds = []
-            for _ in range(n_tokens):
-                start = time.perf_counter()
-                yield  # until the next token is there
-                seconds.append(time.perf_counter() - start)
-            fastest[n_threads] = min(seconds)
-        blas.limit(limits=min(fastest, key=fastest.get))
-        for _ in range(45):
-            yield
 
 
 # --- Arguments: what `main` checks, in a shell and in Python ---
@@ -298,6 +293,6 @@ def encode_prompt(prompt, encoder, hparams, n_new):
     room = hparams["n_ctx"] - len(ids)
     if n_new > room:
         sizes = f"{len(ids):,} tokens, and the context of this model has {hparams['n_ctx']:,}"
-        advice = f"n_tokens_to_generate may be {room:,} at most." if room > 0 else "Shorten it."
-        raise UserError(f"The prompt has {sizes}. {advice}")
+        most = f"n_tokens_to_generate may be {room:,} at most"
+        raise UserError(f"The prompt has {sizes}. {most if room > 0 else 'Shorten the prompt'}.")
     return ids

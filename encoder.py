@@ -62,15 +62,16 @@ class Encoder:
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
         names = {END_OF_TEXT, *special} & encoder.keys()
-        self.special = {token: encoder[token] for token in names if token}  # not the empty token
+        # An empty name would be found between any two characters.
+        self.special = {token: encoder[token] for token in names if token}
         self.bos = [encoder[END_OF_TEXT]] if END_OF_TEXT in encoder else []
         self.eos = {*self.bos}
         self.cache = {}
 
     def bpe(self, word):
         """Merge neighbours in one word, each time the pair with the highest priority."""
-        # Each part has a space on both sides, so that only whole parts are replaced: with the pair
-        # ("l", "o"), " l  o  w " becomes " lo  w ".
+        # Each part has a space of its own on both sides, so that only whole parts are replaced. The
+        # pair ("l", "o") turns " l  o  w " into " lo  w ".
         parts = "".join(f" {char} " for char in word)
         while pairs := {pair for pair in pairwise(parts.split()) if pair in self.bpe_ranks}:
             first, second = min(pairs, key=self.bpe_ranks.get)
@@ -132,22 +133,20 @@ class Encoder:
     def token_bytes(self, token):
         """Return the bytes that a token stands for: one byte for each of its characters.
 
-        Two kinds of tokens are spelled as they look instead: those with a character that stands for
-        no byte, and special tokens of several characters whose bytes are not UTF-8.
+        A token with a character that stands for no byte is spelled as it looks, as in the library
+        `tokenizers`. So is a special token such as café, whose bytes alone are not UTF-8. (There,
+        `tokenizers` loses the last letter.)
 
-        >>> toy = Encoder({"Ġthe": 0, "Ã": 1, "[日本]": 2, "café": 3}, [], special=["café"])
-        >>> [toy.token_bytes(token) for token in ("Ġthe", "Ã")]
-        [b' the', b'\\xc3']
-        >>> [toy.token_bytes(token).decode() for token in ("[日本]", "café")]
-        ['[日本]', 'café']
+        >>> toy = Encoder({"Ġthe": 0, "[日本]": 1, "café": 2}, [], special=["café"])
+        >>> [toy.token_bytes(token).decode() for token in ("Ġthe", "[日本]", "café")]
+        [' the', '[日本]', 'café']
         """
-        as_it_looks = token.encode("utf-8", "surrogatepass")
+        as_it_looks = token.encode("utf-8", "surrogatepass")  # JSON can hold half of a character.
         if any(char not in self.byte_decoder for char in token):
             return as_it_looks
         spelled = bytes(self.byte_decoder[char] for char in token)
-        # A token of one character is one byte, which may be a part of a character of the text.
-        is_utf_8 = spelled.decode("utf-8", "ignore").encode("utf-8") == spelled
-        if token in self.special and len(token) > 1 and not is_utf_8:
+        is_word = token in self.special and len(token) > 1
+        if is_word and spelled.decode("utf-8", "replace").count("\ufffd"):
             return as_it_looks
         return spelled
 
@@ -185,8 +184,8 @@ def get_encoder(model_name, models_dir):
 def read_tokenizer_json(path):
     """Read a `tokenizer.json`, the format of the library `tokenizers`.
 
-    Its special tokens are its `added_tokens`. Settings are refused with which that library would
-    find other ids than `Encoder`. The tests compare the ids of both.
+    Its special tokens are its `added_tokens`. A setting is refused if that library finds other ids
+    with it than `Encoder`. The tests compare the ids of both.
     """
     content = read_json(path)
     model = content["model"]
@@ -200,7 +199,8 @@ def read_tokenizer_json(path):
     # A sequence has a list of steps. Any other processor is a single step.
     for step in processor.get("processors", [processor]):
         require(path, step, processors=None)  # no sequence in a sequence
-        require(path, step, special_tokens=None, cls=None, sep=None)  # added to every text
+        # A TemplateProcessing adds `special_tokens` to every text, and some others `cls` and `sep`.
+        require(path, step, special_tokens=None, cls=None, sep=None)
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -224,9 +224,8 @@ def read_two_files(path, merges_path):
 def checked_encoder(path, vocabulary, merges, special):
     """Return an `Encoder`, if its vocabulary and its merges belong together.
 
-    Raises UserError unless the ids are 0, 1, 2 and so on, every merge has two parts and makes a
-    token, and a merge makes every token, except for single characters, for special tokens, and for
-    unused ones, which look special.
+    Otherwise, raise UserError. The ids must be 0, 1, 2 and so on. A merge must have two parts, and
+    make a token. A token must be made by a merge, or be special, look special, or be one character.
     """
     ids = vocabulary.values()
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
@@ -235,11 +234,13 @@ def checked_encoder(path, vocabulary, merges, special):
     if any(len(pair) != 2 for pair in merges):
         raise UserError(f"{problem}: a merge does not have two parts")
     merged = {*map("".join, merges)}
-    for token in merged - vocabulary.keys():
-        raise UserError(f"{problem}: a merge makes {reprlib.repr(token)}, which is not a token")
-    for token in vocabulary.keys() - merged - {*special}:
-        if len(token) > 1 and not regex.fullmatch(LOOKS_SPECIAL, token):
-            raise UserError(f"{problem}: no merge makes the token {reprlib.repr(token)}")
+    unknown = merged - vocabulary.keys()
+    if unknown:
+        raise UserError(f"{problem}: a merge makes {reprlib.repr(min(unknown))}, which is no token")
+    rest = vocabulary.keys() - merged - {*special}
+    orphans = [t for t in rest if len(t) > 1 and not regex.fullmatch(LOOKS_SPECIAL, t)]
+    if orphans:
+        raise UserError(f"{problem}: no merge makes the token {reprlib.repr(min(orphans))}")
     return Encoder(vocabulary, merges, special)
 
 
@@ -262,7 +263,7 @@ def require(where, settings, **wanted):
 def read_json(path, optional=False):
     """Return the dict in a JSON file. An optional file that is not there counts as an empty dict.
 
-    Raises UserError, which names the file, if it holds anything else.
+    Raises a UserError that names the file, if it holds anything else.
     """
     if optional and not path.exists():
         return {}
@@ -279,7 +280,7 @@ def read_json(path, optional=False):
 def read_text(path):
     """Read UTF-8, with or without a byte order mark. Every line end becomes a line feed.
 
-    Raises UserError, which names the file, if it is not UTF-8.
+    Raises a UserError that names the file, if it is not UTF-8.
     """
     try:
         return Path(path).read_text("utf-8-sig")
@@ -289,4 +290,4 @@ def read_text(path):
 
 def home(path):
     """Return a path, with the user's home in place of a ~ at its start."""
-    return Path(os.path.expanduser(path))  # `Path.expanduser` raises for a user who is not there.
+    return Path(os.path.expanduser(path))  # `Path.expanduser` raises for an unknown user.

@@ -223,8 +223,8 @@ def sample(logits, random, temperature=1.0, top_k=None, top_p=1.0):
     # In float32, a tiny probability added to a sum near 1 is lost: its id is never sampled.
     totals = np.cumsum(softmax(logits[ids] / temperature), dtype=float)
     totals = totals[: 1 + np.sum(totals < top_p)]  # also the one that reaches top_p
-    # `totals` cuts the line from 0 to `totals[-1]` into a part for each id, the longer, the likelier
-    # it is. `argmax` finds the first True: the part that a random point falls into.
+    # `totals` cuts the line from 0 to `totals[-1]` into parts, one for each id, longer if likelier.
+    # `argmax` finds the first True: the part that a random point falls into.
     return int(ids[np.argmax(totals > random.random() * totals[-1])])
 
 

@@ -3,7 +3,7 @@
     encoder, hparams, params = load_encoder_hparams_and_params("124M", "models")
 
 The file of weights is mapped into memory, and the parameters are views of it. So numbers in float32
-need no copy, and the system reads a page of the file when it is first used.
+need no copy, and the system reads each page of the file when that page is first used.
 
 Packages that only a download needs are imported in the functions that use them.
 """
@@ -52,7 +52,7 @@ FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True, "scale_attn_weights": True, "add_cross_attention": False,
     "scale_attn_by_inverse_layer_idx": False, "quantization_config": None,
-    # Other names for n_head and n_layer, which are not read.
+    # Other names for n_head and n_layer, which are not read. No shape would show a wrong n_head.
     "num_attention_heads": None, "num_hidden_layers": None,
 }  # fmt: skip
 # Hugging Face's other names for the formula of `gelu_new`.
@@ -100,8 +100,9 @@ def find_model(model_size, models_dir):
         if not is_hugging_face(folder):
             download_gpt2_files(model_size, folder)
         return folder
-    for folder in (models / model_size, MODELS / model_size, home(model_size)):
-        if model_size and folder not in (models, MODELS) and os.path.isdir(folder):
+    folders = [models / model_size, MODELS / model_size, home(model_size)]
+    for folder in folders[2:] if model_size == "." else folders:
+        if model_size and os.path.isdir(folder):
             return folder
     sizes = ", ".join((*SIZES, "1M"))
     raise UserError(f"model_size must be {sizes} or a folder, not {reprlib.repr(model_size)}")
@@ -147,8 +148,8 @@ def build_params(hparams, leaf):
     """Build the tree of parameters, with `leaf(name, *shape)` for each of them.
 
     This is the only list of the parameters. The names are OpenAI's without the `model/` at their
-    start. The shapes are those that `gpt2` takes, and those in the files. The order of the calls
-    only matters where `leaf` returns random numbers.
+    start. The shapes are those that `gpt2` takes, and the files have the same. The order of the
+    calls only matters where `leaf` returns random numbers.
     """
     n_embd = hparams["n_embd"]
 
@@ -191,7 +192,8 @@ def map_file(path):
 def find_checkpoint(folder):
     """Return the path of the checkpoint that the file `checkpoint` names, without its endings.
 
-    A fine-tuned model may name the folder that it was trained in, so only the last part counts.
+    A line of it is `model_checkpoint_path: "/home/me/run1/model-500"`. The folder may be one of
+    another machine, so only the last part counts. No file has a name of more than 200 characters.
     """
     path = folder / "checkpoint"
     pattern = r'(?m)^model_checkpoint_path: "(?:.*[/\\])?([^"/\\\0]{1,200})"'
@@ -209,8 +211,12 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     `c-chat-gpt-2` reads OpenAI's files in the same way. Raises ValueError if the size of the file
     does not fit `hparams`.
     """
-    shapes = {}  # by name; this tree is only built to collect them
-    build_params(hparams, lambda name, *shape: shapes.update({name: shape}))
+    shapes = {}
+
+    def collect(name, *shape):
+        shapes[name] = shape
+
+    build_params(hparams, collect)
     names = sorted(shapes)
     ends = np.cumsum([math.prod(shapes[name]) for name in names])
     path, n_bytes = f"{tf_ckpt_path}.data-00000-of-00001", 4 * ends[-1]
@@ -239,8 +245,8 @@ def load_hugging_face(folder):
     require(path, config, **FIXED)
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     tensors = read_tensors(folder)
-    # GPT-2 scores the tokens with `wte`. So if the file has `lm_head.weight`, it must be the same,
-    # or it replaces `wte.weight` that is missing.
+    # GPT-2 scores the tokens with `wte`. Without `wte.weight`, `lm_head.weight` takes its place. If
+    # the file has both, they must be equal.
     if "lm_head.weight" in tensors:
         lm_head = tensors["lm_head.weight"]
         wte = tensors.setdefault("wte.weight", lm_head)
@@ -262,7 +268,7 @@ def read_tensors(folder):
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is damaged: it has no weight_map")
     tensors = {}
-    for name in {*map(str, weight_map.values())}:
+    for name in sorted({*map(str, weight_map.values())}):
         if name not in os.listdir(folder):  # So the name cannot be a path to another folder.
             raise UserError(f"{index} is damaged: there is no file {reprlib.repr(name)}")
         tensors |= read_safetensors(folder / name)
@@ -337,7 +343,7 @@ def huggingface_name(name):
 
 
 def download_gpt2_files(model_size, model_dir):
-    """Download those files of a published size that `model_dir` lacks.
+    """Download the files of a published size that are not yet in `model_dir`.
 
     `GPT2_BASE_URL` in the environment replaces the address up to `/<size>/<file>`. Raises
     ValueError for a size that was not published, and OSError if the network, the server or the disk
@@ -357,7 +363,7 @@ def download_gpt2_files(model_size, model_dir):
             url = f"{base}/{name}"
             try:
                 fetch(session, url, folder / name)
-            except (OSError, OverflowError, ValueError) as error:  # the last two for odd headers
+            except (OSError, OverflowError, ValueError) as error:  # the last two: odd headers
                 reason = str(root_cause(error))[:200]
                 raise OSError(f"{url} did not arrive: {reason}. {BUNDLED}") from None
 
@@ -394,7 +400,7 @@ def request(session, method, url, start=0):
     if response.status_code not in (200, 206):
         raise OSError(f"the server answered {response.status_code}")
     if "html" in response.headers.get("Content-Type", ""):
-        raise OSError("a web page came instead, perhaps to log in")
+        raise OSError("the answer is a web page, perhaps one to log in")
     content_range = response.headers.get("Content-Range", "")
     if response.status_code == 206 and not content_range.startswith(f"bytes {start}-"):
         raise OSError("the server sent another part of the file")
@@ -405,7 +411,8 @@ def fetch(session, url, path):
     """Download a file under a temporary name, check it, and rename it.
 
     Nothing is written before the server has announced the size. What is left of an earlier download
-    is continued. One process downloads a file at a time. The others wait, and then find it.
+    is continued. Only one process at a time downloads into a folder. Others wait, and then find the
+    file.
     """
     from filelock import FileLock
 
@@ -439,10 +446,10 @@ def receive(session, url, part, size):
         start = file.seek(0, os.SEEK_END)
         response = request(session, "GET", url, start)
         if response.status_code == 200:
-            start = file.seek(0)  # The whole file comes, and the same bytes are written again.
+            start = file.seek(0)  # The server ignored the range, and sends the whole file.
         progress = tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start)
-        # A broken connection is a BaseHTTPError. Then the file is too short, and `fetch` calls this
-        # again. The pieces are small, because one that has not come whole is lost.
+        # A broken connection is a BaseHTTPError. Then the part is too short, and `fetch` calls this
+        # again. A piece that has not come whole is lost, so the pieces are small.
         with response, progress as out, contextlib.suppress(BaseHTTPError):
             for piece in response.raw.stream(1 << 13, decode_content=False):
                 if file.tell() + len(piece) > size:
@@ -451,9 +458,9 @@ def receive(session, url, part, size):
 
 
 def check_md5(part, md5):
-    """Delete a downloaded file, and raise OSError, if it has another MD5 than `md5`, in base64.
+    """Check a file against its MD5 in base64. If that is wrong, delete the file and raise OSError.
 
-    If the server has not announced it, `md5` is None, and only the size was checked.
+    A server that does not announce the MD5 is trusted: `md5` is None then.
     """
     if md5 is None:
         return

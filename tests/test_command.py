@@ -42,7 +42,7 @@ MISTAKES = {  # what is typed, and the words of the message
     f"x --model_size {'y' * 9999}": ["must be 124M"],
     f"x --seed {'y' * 9999}": ["seed must be a whole number"],
     "x --n_tokens_to_generate 256 --model_size 1M": ["has 1 tokens", "has 256", "be 255 at most"],
-    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten it"],
+    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten the prompt"],
 }
 SAMPLING = {
     "": {},
@@ -120,7 +120,7 @@ THREADS = """import itertools, time, threadpoolctl, command
 clock = itertools.accumulate({})
 time.perf_counter = lambda: next(clock)
 show = command.new_show()
-for _ in range(6):
+for _ in range({}):
     show("")
 print(*{{library["num_threads"] for library in threadpoolctl.threadpool_info()}})"""
 
@@ -128,12 +128,15 @@ print(*{{library["num_threads"] for library in threadpoolctl.threadpool_info()}}
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two processors")
 def test_the_command_uses_half_of_the_threads_if_that_is_faster():
     def threads(*seconds, **settings):
-        code = THREADS.format([step for second in seconds for step in (0, second)])
+        code = THREADS.format([0, *seconds], 1 + len(seconds))
         return int(run(code=("-c", code), **{"OPENBLAS_NUM_THREADS": None} | settings).out)
 
     every = threads(9, 2, 3, 3, 9)  # seconds for two tokens with all threads, and three with half
-    assert every > 1 and threads(3, 4, 9, 9, 2) == every // 2
-    assert threads(3, 4, 9, 9, 2, OMP_NUM_THREADS="2") == 2  # what the user sets stays
+    half = [3, 4, 9, 9, 2]
+    assert every > 1 and threads(*half) == threads(*half, *[1] * 44) == every // 2
+    assert threads(*half, *[1] * 45) == every  # After 50 tokens, it tries again.
+    assert threads(*half, *[1] * 45, 3, 4) == every // 2
+    assert threads(*half, OMP_NUM_THREADS="2") == 2  # What the user sets stays.
 
 
 def test_a_seed_repeats_a_text(typed):

@@ -168,7 +168,7 @@ def test_the_address_is_openais_or_that_of_a_mirror(address, tmp_path, monkeypat
         download(tmp_path)
 
 
-REFUSALS = {"page": "a web page came", "no length": "does not announce the size"}
+REFUSALS = {"page": "the answer is a web page", "no length": "does not announce the size"}
 REFUSALS |= {403: "answered 403", 404: "answered 404", 405: "answered 405", 501: "answered 501"}
 REFUSALS |= {416: "answered 416", 429: "429 error", 503: "503 error"}  # asked again, in vain
 

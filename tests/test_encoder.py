@@ -186,7 +186,7 @@ def test_of_a_merge_that_appears_twice_the_later_place_counts(tmp_path):
         ("encoder.json", b'{"!": 0, "a": "1"}', "encoder.json does not number its tokens"),
         ("encoder.json", json.dumps(VOCABULARY | {"xy": 300}).encode(), "no merge makes .* 'xy'"),
         ("encoder.json", json.dumps(VOCABULARY | {"x" * 999: 300}).encode(), "no merge makes"),
-        ("vocab.bpe", b"#version: 0.2\nq q", "a merge makes 'qq', which is not a token"),
+        ("vocab.bpe", b"#version: 0.2\nq q", "a merge makes 'qq', which is no token"),
         ("vocab.bpe", b"#version: 0.2\n\xc4", "vocab.bpe is not UTF-8"),
         ("vocab.bpe", b"#version: 0.2\n", "no merge makes"),
         ("vocab.bpe", b"he\n", "does not have two parts"),
