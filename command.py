@@ -1,7 +1,7 @@
 """The command: from the words in a shell to the text.
 
-`command_line(main)` runs `main` with the words. With the functions of the last section, `main` checks
-its arguments, in a shell and in Python.
+`command_line(main)` runs `main` with the words. `main` checks its arguments with the functions of
+the last section, in a shell and in Python.
 """
 
 import contextlib
@@ -11,13 +11,12 @@ import io
 import itertools
 import os
 import re
-import reprlib
 import sys
 import time
 
 import numpy as np
 
-from encoder import UserError
+from encoder import UserError, brief
 
 SEE_HELP = "See --help."
 
@@ -61,13 +60,14 @@ def command_line(main):
 def use_utf_8():
     """Read and write UTF-8 where standard input or output is redirected, whatever the code page is.
 
-    Characters that a terminal cannot show are written as "?".
+    Characters that cannot be written are replaced by "?".
     """
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # In a notebook, it is something else.
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            errors = "replace" if stream is sys.stdout else "strict"
-            stream.reconfigure(encoding=encoding, errors=errors)
+        # In a notebook, a stream is something else.
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 # --- Words: from what is typed to the arguments of `main` ---
@@ -119,7 +119,7 @@ def check_flags(words):
     flag = r"--?[a-zA-Z][\w-]*"
     for word, next_word in itertools.pairwise([*words, None]):
         if re.match("--+(=|$)", word):
-            raise UserError(f"{word[:40]} is not an option. {SEE_HELP}")
+            raise UserError(f"{brief(word)} is not an option. {SEE_HELP}")
         # The next word may also be a flag with its value in it, such as --seed=1.
         has_no_value = next_word is None or re.match(flag, next_word)
         if re.fullmatch(flag, word) and has_no_value:
@@ -155,13 +155,13 @@ def parse_words(words, parameters):
     for key, value in options.items():
         names = [p.name for p in parameters if key in (p.name, p.name[0])]
         if len(names) != 1:
-            flag = f"-{key}" if len(key) == 1 else f"--{key[:40]}"
+            flag = f"-{key}" if len(key) == 1 else f"--{key}"
             what = f"can be {' or '.join(names)}" if names else "is not an option"
-            raise UserError(f"{flag} {what}. {SEE_HELP}")
+            raise UserError(f"{brief(flag)} {what}. {SEE_HELP}")
         arguments[names[0]] = value
     names = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
     if len(values) > len(names):
-        word = reprlib.repr(values[len(names)])
+        word = brief(values[len(names)])
         quotes = "If a text has several words, put it in double quotes."
         raise UserError(f"{word} is one word too many. {quotes} {SEE_HELP}")
     for name in names[len(values) :]:
@@ -246,7 +246,7 @@ def number(name, value, kind, least, most=np.inf):
             return result
     limits = f"{least} or more" if most == np.inf else f"from {least} to {most}"
     what = "a whole number" if kind is int else "a number"
-    raise UserError(f"{name} must be {what}, {limits}, not {reprlib.repr(value)}")
+    raise UserError(f"{name} must be {what}, {limits}, not {brief(value)}")
 
 
 def read_options(limits, **options):
@@ -288,7 +288,7 @@ def encode_prompt(prompt, encoder, hparams, n_new):
     if not ids:
         raise UserError("The prompt is empty, and this model has no token that starts a text.")
     if max(ids) >= hparams["n_vocab"]:
-        token = reprlib.repr(encoder.decoder[max(ids)])
+        token = brief(encoder.decoder[max(ids)])
         raise UserError(f"The prompt has the token {token}, but its id has no row in wte.")
     room = hparams["n_ctx"] - len(ids)
     if n_new > room:

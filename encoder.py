@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import reprlib
 from itertools import pairwise
 from pathlib import Path
@@ -102,7 +101,7 @@ class Encoder:
             for token in tokens:
                 # Only a single byte can be missing, because every merge makes a token.
                 if token not in self.encoder:
-                    where = f"{self.byte_decoder[token]:#04x} in {reprlib.repr(word)}"
+                    where = f"{self.byte_decoder[token]:#04x} in {brief(word)}"
                     raise UserError(f"the vocabulary has no token for the byte {where}")
             self.cache[word] = [self.encoder[token] for token in tokens]
         return [id for word in words for id in self.cache[word]]
@@ -171,14 +170,14 @@ def get_encoder(model_name, models_dir):
     require(path, settings, add_bos_token=False, add_eos_token=False)
     require(path, settings, add_prefix_space=False, split_special_tokens=False)
     path = folder / "tokenizer.json"
-    if path.exists():
-        try:
-            return read_tokenizer_json(path)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
-    if (folder / "vocab.json").exists():
-        return read_two_files(folder / "vocab.json", folder / "merges.txt")
-    return read_two_files(folder / "encoder.json", folder / "vocab.bpe")
+    for names in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]:
+        tokens_path, merges_path = (folder / name for name in names)
+        if not path.exists() and (tokens_path.exists() or merges_path.exists()):
+            return read_two_files(tokens_path, merges_path)
+    try:
+        return read_tokenizer_json(path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
 
 
 def read_tokenizer_json(path):
@@ -198,9 +197,10 @@ def read_tokenizer_json(path):
     processor = content.get("post_processor") or {}
     # A sequence has a list of steps. Any other processor is a single step.
     for step in processor.get("processors", [processor]):
-        require(path, step, processors=None)  # no sequence in a sequence
+        where = f"{path}: post_processor"
+        require(where, step, processors=None)  # no sequence in a sequence
         # A TemplateProcessing adds `special_tokens` to every text, and some others `cls` and `sep`.
-        require(path, step, special_tokens=None, cls=None, sep=None)
+        require(where, step, special_tokens=None, cls=None, sep=None)
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     # Older files have each merge as one string.
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -228,7 +228,8 @@ def checked_encoder(path, vocabulary, merges, special):
     make a token. A token must be made by a merge, or be special, look special, or be one character.
     """
     ids = vocabulary.values()
-    if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
+    kinds = {(type(token), type(id)) for token, id in vocabulary.items()}
+    if kinds != {(str, int)} or sorted(ids) != [*range(len(ids))]:
         raise UserError(f"{path} does not number its tokens 0, 1, 2 and so on")
     problem = f"{path}: its tokens and its merges do not belong together"
     if any(len(pair) != 2 for pair in merges):
@@ -236,15 +237,18 @@ def checked_encoder(path, vocabulary, merges, special):
     merged = {*map("".join, merges)}
     unknown = merged - vocabulary.keys()
     if unknown:
-        raise UserError(f"{problem}: a merge makes {reprlib.repr(min(unknown))}, which is no token")
+        raise UserError(f"{problem}: a merge makes {brief(min(unknown))}, which is no token")
     rest = vocabulary.keys() - merged - {*special}
     orphans = [t for t in rest if len(t) > 1 and not regex.fullmatch(LOOKS_SPECIAL, t)]
     if orphans:
-        raise UserError(f"{problem}: no merge makes the token {reprlib.repr(min(orphans))}")
+        raise UserError(f"{problem}: no merge makes the token {brief(min(orphans))}")
     return Encoder(vocabulary, merges, special)
 
 
 # --- Reading files ---
+
+BRIEF = reprlib.Repr()
+BRIEF.maxstring = 40
 
 
 def require(where, settings, **wanted):
@@ -257,7 +261,7 @@ def require(where, settings, **wanted):
         found = settings.get(name, value)
         both_are_off = not found and not value
         if found != value and not both_are_off:
-            raise UserError(f"{where}: {name} must be {value!r}, not {reprlib.repr(found)}")
+            raise UserError(f"{where}: {name} must be {value!r}, not {brief(found)}")
 
 
 def read_json(path, optional=False):
@@ -290,4 +294,13 @@ def read_text(path):
 
 def home(path):
     """Return a path, with the user's home in place of a ~ at its start."""
-    return Path(os.path.expanduser(path))  # `Path.expanduser` raises for an unknown user.
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def brief(value):
+    """Return a value as Python writes it, cut to about 40 characters, for a message."""
+    text = BRIEF.repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

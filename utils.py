@@ -16,13 +16,12 @@ import json
 import math
 import os
 import re
-import reprlib
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from encoder import UserError, get_encoder, home, read_json, read_text, require
+from encoder import UserError, brief, get_encoder, home, read_json, read_text, require
 
 MODELS = Path(__file__).resolve().parent / "models"
 SIZES = ("124M", "355M", "774M", "1558M")
@@ -100,17 +99,19 @@ def find_model(model_size, models_dir):
         if not is_hugging_face(folder):
             download_gpt2_files(model_size, folder)
         return folder
-    folders = [models / model_size, MODELS / model_size, home(model_size)]
-    for folder in folders[2:] if model_size == "." else folders:
+    # "../tuned" and "." are paths. Only a plain name can be that of a folder in `models`.
+    is_name = Path(model_size).name == str(model_size) != ".."
+    folders = [models / model_size, MODELS / model_size] if is_name else []
+    for folder in (*folders, home(model_size)):
         if model_size and os.path.isdir(folder):
             return folder
     sizes = ", ".join((*SIZES, "1M"))
-    raise UserError(f"model_size must be {sizes} or a folder, not {reprlib.repr(model_size)}")
+    raise UserError(f"model_size must be {sizes} or a folder, not {brief(model_size)}")
 
 
 def is_hugging_face(folder):
     """Whether a folder has Hugging Face's layout, even if some of its files are missing."""
-    return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
+    return (folder / "config.json").exists() or any(folder.glob("model*.safetensors*"))
 
 
 def read_hparams(path, names, **defaults):
@@ -122,7 +123,9 @@ def read_hparams(path, names, **defaults):
     for name in names:
         value = hparams.get(name)
         if type(value) is not int or value < 1:
-            raise UserError(f"{path}: {name} must be a number above 0, not {reprlib.repr(value)}")
+            raise UserError(f"{path}: {name} must be a number above 0, not {brief(value)}")
+        if value >= 10**6:
+            raise UserError(f"{path}: {name} must be below 1,000,000, not {brief(value)}")
     if hparams["n_embd"] % hparams["n_head"]:
         raise UserError(f"{path}: n_embd must be a multiple of n_head")
     return hparams
@@ -196,7 +199,7 @@ def find_checkpoint(folder):
     another machine, so only the last part counts. No file has a name of more than 200 characters.
     """
     path = folder / "checkpoint"
-    pattern = r'(?m)^model_checkpoint_path: "(?:.*[/\\])?([^"/\\\0]{1,200})"'
+    pattern = r'(?m)^model_checkpoint_path: "(?:.*[/\\])?([^"/\\\0\n]{1,200})"'
     latest = re.search(pattern, read_text(path))
     if not latest:
         raise UserError(f"{path} names no checkpoint")
@@ -245,18 +248,23 @@ def load_hugging_face(folder):
     require(path, config, **FIXED)
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     tensors = read_tensors(folder)
-    # GPT-2 scores the tokens with `wte`. Without `wte.weight`, `lm_head.weight` takes its place. If
-    # the file has both, they must be equal.
-    if "lm_head.weight" in tensors:
-        lm_head = tensors["lm_head.weight"]
-        wte = tensors.setdefault("wte.weight", lm_head)
-        if not np.array_equal(lm_head.data, wte.data):
-            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it is in GPT-2")
+    lm_head = tensors.get("lm_head.weight")
+    if lm_head:  # GPT-2 scores the tokens with `wte`. A file may have it under this name only.
+        tensors.setdefault("wte.weight", lm_head)
 
     def leaf(name, *shape):
-        return as_float32(tensors, huggingface_name(name), shape)
+        name = huggingface_name(name)
+        if name not in tensors:
+            raise UserError(f"{folder}: {name} is missing from the weights")
+        return as_float32(name, tensors[name], shape)
 
-    return hparams, build_params(hparams, leaf)
+    params = build_params(hparams, leaf)
+    if lm_head:
+        same = as_float32("lm_head.weight", lm_head, params["wte"].shape)
+        # As integers, because NaN is not equal to NaN.
+        if not np.array_equal(same.view("u4"), params["wte"].view("u4")):
+            raise UserError(f"{folder}: lm_head.weight is not wte.weight, as it is in GPT-2")
+    return hparams, params
 
 
 def read_tensors(folder):
@@ -270,7 +278,7 @@ def read_tensors(folder):
     tensors = {}
     for name in sorted({*map(str, weight_map.values())}):
         if name not in os.listdir(folder):  # So the name cannot be a path to another folder.
-            raise UserError(f"{index} is damaged: there is no file {reprlib.repr(name)}")
+            raise UserError(f"{index} is damaged: there is no file {brief(name)}")
         tensors |= read_safetensors(folder / name)
     return tensors
 
@@ -293,7 +301,7 @@ def read_safetensors(path):
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             name = name.removeprefix("transformer.")
-            dtype = str(entry["dtype"])[:9]  # cut short, because a message may quote it
+            dtype = str(entry["dtype"])
             tensors[name] = Tensor(path, dtype, entry["shape"], numbers[begin:end])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
@@ -303,17 +311,14 @@ def read_safetensors(path):
     return tensors
 
 
-def as_float32(tensors, name, shape):
-    """Return the tensor of this name and shape as a read-only float32 array.
+def as_float32(name, tensor, shape):
+    """Return a tensor of this shape as a read-only float32 array.
 
     An aligned float32 tensor is a view of the mapped file. Any other tensor is copied once, here,
     because otherwise every matrix product would copy it.
     """
-    if name not in tensors:
-        raise UserError(f"{name} is missing from the weights")
-    tensor = tensors[name]
     if tensor.dtype not in DTYPES or tensor.shape != [*shape]:
-        found = f"{tensor.dtype} {reprlib.repr(tensor.shape)}"
+        found = f"{brief(tensor.dtype)} {brief(tensor.shape)}"
         raise UserError(f"{tensor.path}: {name} is {found}, not F32, F16 or BF16 {[*shape]}")
     dtype = np.dtype(DTYPES[tensor.dtype])
     if tensor.data.size != math.prod(shape) * dtype.itemsize:
@@ -351,7 +356,7 @@ def download_gpt2_files(model_size, model_dir):
     connection breaks, the part that has come is kept, and the next call continues there.
     """
     if model_size not in SIZES:
-        raise UserError(f"model_size must be {', '.join(SIZES)}, not {reprlib.repr(model_size)}")
+        raise UserError(f"model_size must be {', '.join(SIZES)}, not {brief(model_size)}")
     folder = home(model_dir)
     missing = [name for name in FILES if not (folder / name).exists()]
     if not missing:

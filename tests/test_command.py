@@ -26,10 +26,10 @@ QUOTES = "If a text has several words, put it in double quotes."
 NINE = "But soft what light through yonder window breaks it"
 MISTAKES = {  # what is typed, and the words of the message
     "": ["prompt", "--help"],
-    "x --model 1M": ["--model is not an option", "--help"],
-    "x --temprature 1": ["--temprature is not an option", "--help"],
+    "x --model 1M": ["'--model' is not an option", "--help"],
+    "x --temprature 1": ["'--temprature' is not an option", "--help"],
     "x --show print": ["--show", "--help"],
-    "x -m 1M": ["-m can be model_size or models_dir", "--help"],
+    "x -m 1M": ["'-m' can be model_size or models_dir", "--help"],
     "x --models_dir": ["--models_dir needs a value"],
     "--prompt --model_size 1M": ["--prompt needs a value"],
     "Romeo Juliet --model_size 1M": ["'Juliet'", QUOTES, "--help"],

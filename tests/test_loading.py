@@ -358,8 +358,8 @@ def test_weights_may_be_written_in_other_ways(way, saved):
 
 NOT_GPT2S = [
     (RENAMED | {HEAD: -RENAMED[WTE]}, "lm_head.weight is not wte.weight"),
-    (RENAMED | {WPE: RENAMED[WPE][1:]}, r"wpe.weight is F32 \[15, 12\], not .* \[16, 12\]"),
-    (RENAMED | {WPE: np.zeros((16, 12), "i4")}, "wpe.weight is I32"),
+    (RENAMED | {WPE: RENAMED[WPE][1:]}, r"wpe.weight is 'F32' \[15, 12\], not .* \[16, 12\]"),
+    (RENAMED | {WPE: np.zeros((16, 12), "i4")}, "wpe.weight is 'I32'"),
     ({n: w for n, w in RENAMED.items() if "ln_f" not in n}, "ln_f.weight is missing"),
     ({f"_orig_mod.{n}": w for n, w in RENAMED.items()}, r"wte\.weight is missing"),
 ]
