@@ -112,14 +112,9 @@ def print_help(main, parameters):
 
 
 def check_flags(words):
-    """Raise UserError for a flag without a name or without a value.
-
-    Fire would give a flag without a value the value True.
-    """
+    """Raise UserError for a flag without a value. Fire would give it the value True."""
     flag = r"--?[a-zA-Z][\w-]*"
     for word, next_word in itertools.pairwise([*words, None]):
-        if re.match("--+(=|$)", word):
-            raise UserError(f"{brief(word)} is not an option. {SEE_HELP}")
         # The next word may also be a flag with its value in it, such as --seed=1.
         has_no_value = next_word is None or re.match(flag, next_word)
         if re.fullmatch(flag, word) and has_no_value:

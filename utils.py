@@ -101,12 +101,13 @@ def find_model(model_size, models_dir):
         return folder
     # "../tuned" and "." are paths. Only a plain name can be that of a folder in `models`.
     is_name = Path(model_size).name == str(model_size) != ".."
-    folders = [models / model_size, MODELS / model_size] if is_name else []
-    for folder in (*folders, home(model_size)):
+    folders = [models / model_size, home(model_size)] if is_name else [home(model_size)]
+    for folder in folders:
         if model_size and os.path.isdir(folder):
             return folder
-    sizes = ", ".join((*SIZES, "1M"))
-    raise UserError(f"model_size must be {sizes} or a folder, not {brief(model_size)}")
+    sizes = ", ".join(SIZES)
+    where = f"a folder in {models}, such as 1M, or the path of one"
+    raise UserError(f"model_size must be {sizes}, {where}, not {brief(model_size)}")
 
 
 def is_hugging_face(folder):

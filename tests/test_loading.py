@@ -209,7 +209,9 @@ def test_a_missing_file_is_named_with_all_that_a_model_has(layout, name, request
 
 @pytest.mark.parametrize("name", ["", "no_such", "../no_such", "1558m", "x\0", "x" * 10**6])
 def test_a_name_that_is_no_model_is_told_with_the_published_sizes(name, openai):
-    words = "^model_size must be 124M, 355M, 774M, 1558M, 1M or a folder, not .{,40}$"
+    words = (
+        r"^model_size must be 124M, 355M, 774M, 1558M, a folder in .*, such as 1M, .*, not .{,43}$"
+    )
     with pytest.raises(ValueError, match=words):
         load_encoder_hparams_and_params(name, openai.parent)
 
@@ -220,6 +222,10 @@ def test_the_path_of_a_folder_opens_it_and_a_name_in_models_dir_comes_first(open
     monkeypatch.chdir(openai.parent)
     for path in (openai, "openai", "openai/", "./openai", "models/../openai", "models/tuned"):
         assert load_encoder_hparams_and_params(path, "models")[1] == HPARAMS
+    monkeypatch.chdir(openai)
+    for path in (".", "../openai"):  # not from the folder of models
+        assert load_encoder_hparams_and_params(path, model)[1] == HPARAMS
+    monkeypatch.chdir(openai.parent)
     shutil.copytree(openai, "tuned")
     edit_json(openai.parent / "tuned" / "hparams.json", {"n_layer": 0})
     assert load_encoder_hparams_and_params("tuned", "models")[1] == HPARAMS
