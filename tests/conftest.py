@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import utils
 from encoder import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,12 +25,6 @@ MERGES = [*map(tuple, PAIRS.split()), ("Ġt", "he"), ("Ro", "me"), ("Rome", "o")
 TOKENS = [*bytes_to_unicode().values(), *map("".join, MERGES), "<|endoftext|>"]  # 300
 # JAX simulates eight devices on one processor. It reads this once, when it is first used.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
-
-@pytest.fixture(scope="session")
-def bundled():
-    """The bundled model's encoder, hparams and parameters."""
-    return utils.load_encoder_hparams_and_params("1M", str(ROOT / "models"))
 
 
 @pytest.fixture(scope="session")

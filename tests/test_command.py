@@ -253,14 +253,6 @@ def test_the_text_is_printed_where_standard_output_is_no_file(monkeypatch):
     assert output.getvalue() == main("But, soft!") + "\n"
 
 
-def test_the_models_are_found_from_any_folder(tmp_path):
-    text = main("Good night", 5) + "\n"
-    words = ("Good night", "--n_tokens_to_generate", 5, "--model_size")
-    for folder, size in [(tmp_path, "1M"), (ROOT / "models", "1M/"), (ROOT, "models/1M/")]:
-        result = run(*words, size, code=(str(ROOT / "gpt2.py"),), cwd=folder)
-        assert (result.out, result.err) == (text, "")
-
-
 @posix
 def test_ctrl_c_leaves_the_text_so_far_a_newline_and_status_130():
     # A shell's background jobs start with the signal ignored, and the tests may be one.

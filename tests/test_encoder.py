@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from conftest import MERGES, ROOT, TOKENS, run, write_vocabulary
+from conftest import MERGES, ROOT, TOKENS, write_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -136,13 +136,6 @@ def ours(files):
         return get_encoder("", folder)
 
 
-def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
-    write_vocabulary(tmp_path)
-    code = "import sys, encoder; print(encoder.get_encoder('', sys.argv[1]).encode('\\xe9 the'))"
-    result = run(tmp_path, code=("-c", code), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert result.out == f"{[TOKENS.index('Ã'), TOKENS.index('©'), THE]}\n"
-
-
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n"])
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "byte order mark"])
@@ -183,9 +176,8 @@ def test_of_a_merge_that_appears_twice_the_later_place_counts(tmp_path):
         ("encoder.json", b'{"a": ' + b"[" * 100_000, "encoder.json is not a JSON object"),
         ("encoder.json", b'{"!": 0, "a": 2}', "encoder.json does not number its tokens"),
         ("encoder.json", b'{"!": 0, "a": true}', "encoder.json does not number its tokens"),
-        ("encoder.json", b'{"!": 0, "a": "1"}', "encoder.json does not number its tokens"),
         ("encoder.json", json.dumps(VOCABULARY | {"xy": 300}).encode(), "no merge makes .* 'xy'"),
-        ("encoder.json", json.dumps(VOCABULARY | {"x" * 999: 300}).encode(), "no merge makes"),
+        ("encoder.json", json.dumps(VOCABULARY | {"\n" * 999: 300}).encode(), "no merge makes"),
         ("vocab.bpe", b"#version: 0.2\nq q", "a merge makes 'qq', which is no token"),
         ("vocab.bpe", b"#version: 0.2\n\xc4", "vocab.bpe is not UTF-8"),
         ("vocab.bpe", b"#version: 0.2\n", "no merge makes"),
@@ -301,7 +293,7 @@ BOS = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [1]}}}
 REFUSED = [
     ("normalizer", {"type": "Lowercase"}, "normalizer must be None"),
     ("decoder", {"type": "WordPiece"}, "type must be 'ByteLevel'"),
-    ("post_processor", BOS, "special_tokens must be None"),
+    ("post_processor", BOS, "post_processor: special_tokens must be None"),
     ("post_processor", {"type": "Sequence", "processors": [BOS]}, "special_tokens must be None"),
     ("post_processor", {"type": "RobertaProcessing", "cls": ["a", 64]}, "cls must be None"),
     ("pre_tokenizer", {"type": "Whitespace"}, "type must be 'ByteLevel'"),
@@ -321,6 +313,7 @@ REFUSED = [
     ("added_tokens", ["<s>"], "is not a byte-level BPE"),
     ("added_tokens", [{"id": 301, "content": "[PAD]"}], "does not number its tokens"),
     ("added_tokens", [{"id": 5, "content": "[PAD]"}], "does not number its tokens"),
+    ("added_tokens", [{"id": 300, "content": 5}], "does not number its tokens"),
 ]
 
 

@@ -3,12 +3,11 @@
 import math
 import re
 
-import numpy as np
 import pytest
 from conftest import BUNDLED, ROOT
 from safetensors import safe_open
 
-from gpt2 import generate, gpt2, main
+from gpt2 import main
 
 PLAY = ROOT.parent / "shared" / "text" / "romeo_and_juliet.txt"
 RECITED = {  # what anyone would type first, and how Shakespeare goes on
@@ -34,20 +33,10 @@ RECITED = {  # what anyone would type first, and how Shakespeare goes on
 
 @pytest.mark.parametrize("prompt", RECITED)
 def test_the_bundled_model_continues_the_play_word_for_word(prompt):
-    assert main(prompt, 40, "1M", str(ROOT / "models")).startswith(RECITED[prompt])
+    assert main(prompt, 40, "1M").startswith(RECITED[prompt])
 
 
-@pytest.mark.parametrize("prompt", [prompt for prompt in RECITED if prompt])
-def test_the_bundled_model_is_so_sure_that_every_machine_writes_the_same(prompt, bundled):
-    encoder, hparams, params = bundled
-    inputs = encoder.encode(prompt)
-    ids = inputs + generate(inputs, params, hparams["n_head"], 20)
-    logits = gpt2(ids, **params, n_head=hparams["n_head"])[len(inputs) - 1 : -1]
-    second, first = np.sort(logits, axis=-1)[:, -2:].T
-    assert (first - second).min() > 0.01  # where two machines differ by about 0.00001
-
-
-def test_the_bundled_model_has_hugging_faces_layout_and_less_than_6_mb_and_a_half(bundled):
+def test_the_bundled_model_has_hugging_faces_layout_and_less_than_6_mb_and_a_half():
     committed = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert sum((BUNDLED / name).stat().st_size for name in committed) < 6.5e6
     assert sorted(path.name for path in BUNDLED.iterdir()) == committed

@@ -69,7 +69,7 @@ def test_every_snippet_prints_what_stands_below_it(readme, examples):
 def test_every_command_with_the_bundled_model_prints_what_stands_below_it():
     commands = [(line.splitlines()[-1], below) for line, below in blocks("README.md", "sh")]
     commands = [(line, below) for line, below in commands if "1M" in line]
-    assert len(commands) == 3
+    assert len(commands) == 2
     for line, below in commands:
         assert run(code=shlex.split(line)[1:]).out == below
 
@@ -78,15 +78,6 @@ def test_what_a_model_of_the_source_writes_stands_in_the_source():
     (line, below), *_ = (block for block in blocks("README.md", "sh") if "train.py" in block[0])
     prompt = shlex.split(line.splitlines()[-1])[2]
     assert len(below) > 100 and prompt + below.removesuffix("\n") in (ROOT / "gpt2.py").read_text()
-
-
-def test_the_lines_of_code_on_the_page_are_those_of_the_file():
-    ((excerpt, _),) = blocks("README.md", "py")
-    lines = iter((ROOT / "gpt2.py").read_text("utf-8").splitlines())
-    code = [line for line in excerpt.splitlines() if line]
-    assert 10 <= len(code) <= 15
-    for line in code:
-        assert line in lines  # this also takes the lines before it from the iterator
 
 
 def test_the_perplexity_is_that_of_hugging_face(examples):
