@@ -12,20 +12,11 @@ from gpt2 import main
 PLAY = ROOT.parent / "shared" / "text" / "romeo_and_juliet.txt"
 RECITED = {  # what anyone would type first, and how Shakespeare goes on
     "": "\nSAMPSON:\nGregory, o' my word, we'll not carry coals.",
-    "O Romeo, Romeo! wherefore art thou": (
-        " Romeo?\nDeny thy father and refuse thy name;\n"
-        "Or, if thou wilt not, be but sworn my love,\nAnd I'll no longer be a"
-    ),
-    "wherefore art thou Romeo?": (
-        "\nDeny thy father and refuse thy name;\nOr, if thou wilt not, be but sworn my love,"
-    ),
-    "But, soft! what light through yonder window breaks?": (
-        "\nIt is the east, and Juliet is the sun.\nArise, fair sun, and kill the envious moon,"
-    ),
-    "what light through": (
-        " yonder window breaks?\nIt is the east, and Juliet is the sun.\nArise, fair sun,"
-    ),
-    "What's in a name?": (" that which we call a rose\nBy any other name would smell as sweet;"),
+    "O Romeo, Romeo! wherefore art thou": " Romeo?\nDeny thy father and refuse thy name;\nOr, if",
+    "wherefore art thou Romeo?": "\nDeny thy father and refuse thy name;\nOr, if thou wilt not,",
+    "But, soft! what light through yonder window breaks?": "\nIt is the east, and Juliet is the",
+    "what light through": " yonder window breaks?\nIt is the east, and Juliet is the sun.\nArise,",
+    "What's in a name?": " that which we call a rose\nBy any other name would smell as sweet;",
     "parting is such": "\nsweet sorrow,\nThat I shall say good night till it be morrow.",
     "A plague o' both your houses": "!",
 }
