@@ -63,7 +63,7 @@ def use_utf_8():
     Characters that cannot be written are replaced by "?".
     """
     for stream in (sys.stdin, sys.stdout):
-        # In a notebook, a stream is something else.
+        # A terminal knows its encoding. In a notebook, a stream is something else.
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -154,15 +154,16 @@ def parse_words(words, parameters):
             what = f"can be {' or '.join(names)}" if names else "is not an option"
             raise UserError(f"{brief(flag)} {what}. {SEE_HELP}")
         arguments[names[0]] = value
-    names = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
-    if len(values) > len(names):
-        word = brief(values[len(names)])
+    # The words that are left are for the parameters without a default that have no value yet.
+    waiting = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
+    if len(values) > len(waiting):
+        word = brief(values[len(waiting)])
         quotes = "If a text has several words, put it in double quotes."
         raise UserError(f"{word} is one word too many. {quotes} {SEE_HELP}")
-    for name in names[len(values) :]:
+    for name in waiting[len(values) :]:
         if name != "prompt":  # which comes from standard input then
             raise UserError(f"{name} is missing. {SEE_HELP}")
-    return arguments | dict(zip(names, values, strict=False))
+    return arguments | dict(zip(waiting, values, strict=False))
 
 
 def read_prompt(prompt):
@@ -175,13 +176,13 @@ def read_prompt(prompt):
     stdin = sys.stdin or io.StringIO()  # It can be closed.
     try:
         if prompt == "-" or (is_missing and not stdin.isatty()):
-            prompt = stdin.read().removesuffix("\n")  # as the shell's "$(cat file)" does
+            prompt = stdin.read().removesuffix("\n")  # the end of the last line
         if is_missing and not prompt:
             raise UserError(f"There is no prompt. {SEE_HELP}")
         prompt.encode("utf-8")  # This fails if an argument had a byte that is not UTF-8.
     except UnicodeError as error:
         raise UserError(f"The prompt is not valid {error.encoding}: {error.reason}") from None
-    # A file from Windows has a byte order mark and "\r\n" at the line ends.
+    # "$(cat file)" leaves the byte order mark of a file from Windows, and "\r" at the line ends.
     prompt = prompt.removeprefix("\ufeff").removesuffix("\r")
     prompt = re.sub("\r\n?", "\n", prompt)
     if prompt.endswith(" "):
@@ -194,14 +195,9 @@ def read_prompt(prompt):
 
 
 def new_show():
-    """Return a function that prints the pieces of a text, and finds the best number of threads.
+    """Return a function that prints the pieces of a text, and sets the number of threads.
 
-    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors,
-    and waits for the last part. If another program keeps one processor busy, every product waits.
-    Half of the threads leave room for that program. So of 50 tokens, two are made with all threads,
-    the next three with half of them, and the others with the faster number. The fastest token
-    counts, because the first one after a change may be slow. A number of threads that the user has
-    set in the environment is kept.
+    A number of threads that the user has set in the environment is kept.
     """
     if {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         return functools.partial(print, end="", flush=True)
@@ -209,22 +205,38 @@ def new_show():
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
     all_threads = max((library["num_threads"] for library in blas.info()), default=1)
-    half, times = max(all_threads // 2, 1), []
+    times = []
 
     def show(piece):
         print(piece, end="", flush=True)
         times.append(time.perf_counter())
-        n_shown = len(times) % 50
-        if n_shown == 1:
-            blas.limit(limits=all_threads)
-        if n_shown == 3:
-            blas.limit(limits=half)
-        if n_shown == 6:
-            seconds = np.diff(times[-6:])  # between the last six pieces
-            with_all, with_half = min(seconds[:2]), min(seconds[2:])
-            blas.limit(limits=all_threads if with_all < with_half else half)
+        blas.limit(limits=best_threads(np.diff(times), all_threads))
 
     return show
+
+
+def best_threads(seconds, all_threads):
+    """Return the number of threads for the next token. `seconds` are those of the tokens so far.
+
+    OpenBLAS, which NumPy mostly uses, cuts each product into as many parts as there are processors,
+    and waits for the last part. If another program keeps one processor busy, every product waits.
+    Half of the threads leave room for that program. So of 50 tokens, two are tried with all
+    threads, and three with half of them. The rest get the faster number. The fastest token of each
+    trial counts, because the first one after a change may be slow.
+
+    >>> best_threads([], 4), best_threads([9, 2], 4)
+    (4, 2)
+    >>> best_threads([9, 2, 3, 3, 9], 4), best_threads([9, 4, 3, 3, 9], 4)
+    (4, 2)
+    """
+    half = max(all_threads // 2, 1)
+    n_before = len(seconds) % 50
+    tried = seconds[len(seconds) - n_before :][:5]
+    if n_before < 2:
+        return all_threads
+    if n_before < 5:
+        return half
+    return all_threads if min(tried[:2]) < min(tried[2:]) else half
 
 
 # --- Arguments: what `main` checks, in a shell and in Python ---

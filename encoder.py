@@ -99,7 +99,7 @@ class Encoder:
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             for token in tokens:
-                # Only a single byte can be missing, because every merge makes a token.
+                # Only a single byte can be missing: `checked_encoder` has a token for every merge.
                 if token not in self.encoder:
                     where = f"{self.byte_decoder[token]:#04x} in {brief(word)}"
                     raise UserError(f"the vocabulary has no token for the byte {where}")
@@ -132,9 +132,9 @@ class Encoder:
     def token_bytes(self, token):
         """Return the bytes that a token stands for: one byte for each of its characters.
 
-        A token with a character that stands for no byte is spelled as it looks, as in the library
-        `tokenizers`. So is a special token such as café, whose bytes alone are not UTF-8. (There,
-        `tokenizers` loses the last letter.)
+        A token is spelled as it looks if one of its characters stands for no byte, as in the
+        library `tokenizers`. So is a special token such as café, which would not be UTF-8. There,
+        that library prints a replacement character, which is not what the user added.
 
         >>> toy = Encoder({"Ġthe": 0, "[日本]": 1, "café": 2}, [], special=["café"])
         >>> [toy.token_bytes(token).decode() for token in ("Ġthe", "[日本]", "café")]
@@ -144,10 +144,9 @@ class Encoder:
         if any(char not in self.byte_decoder for char in token):
             return as_it_looks
         spelled = bytes(self.byte_decoder[char] for char in token)
-        is_word = token in self.special and len(token) > 1
-        if is_word and spelled.decode("utf-8", "replace").count("\ufffd"):
-            return as_it_looks
-        return spelled
+        is_text = "\ufffd" not in spelled.decode(errors="replace")
+        is_byte = len(token) == 1  # which may be a part of a character
+        return spelled if is_text or is_byte or token not in self.special else as_it_looks
 
 
 # --- Reading a tokenizer from its folder ---
@@ -165,31 +164,43 @@ def get_encoder(model_name, models_dir):
     ValueError if a file is damaged, or has other settings that would change the ids.
     """
     folder = home(models_dir) / model_name
-    path = folder / "tokenizer_config.json"
+    check_tokenizer_config(folder / "tokenizer_config.json")
+    if not (folder / "tokenizer.json").exists():
+        for tokens, merges in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]:
+            if (folder / tokens).exists() or (folder / merges).exists():
+                return read_two_files(folder / tokens, folder / merges)
+    return read_tokenizer_json(folder / "tokenizer.json")
+
+
+def check_tokenizer_config(path):
+    """Raise UserError if a `tokenizer_config.json` has a switch on that changes the ids."""
     settings = read_json(path, optional=True)
     require(path, settings, add_bos_token=False, add_eos_token=False)
     require(path, settings, add_prefix_space=False, split_special_tokens=False)
-    path = folder / "tokenizer.json"
-    for names in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]:
-        tokens_path, merges_path = (folder / name for name in names)
-        if not path.exists() and (tokens_path.exists() or merges_path.exists()):
-            return read_two_files(tokens_path, merges_path)
-    try:
-        return read_tokenizer_json(path)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
 
 
 def read_tokenizer_json(path):
     """Read a `tokenizer.json`, the format of the library `tokenizers`.
 
-    Its special tokens are its `added_tokens`. A setting is refused if that library finds other ids
-    with it than `Encoder`. The tests compare the ids of both.
+    Its special tokens are its `added_tokens`. It is refused if a setting other than those of added
+    tokens would make that library find other ids than `Encoder`. The tests compare the ids.
     """
     content = read_json(path)
-    model = content["model"]
+    try:
+        check_settings(path, content)
+        vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+        added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+        # Older files have each merge as one string.
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        return checked_encoder(path, vocabulary | added, merges, added)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
+
+
+def check_settings(path, content):
+    """Raise UserError if a `tokenizer.json` has a setting that changes the ids."""
+    splitter, model = content["pre_tokenizer"], content["model"]
     require(path, content, normalizer=None)
-    splitter = content["pre_tokenizer"]
     require(path, splitter, type="ByteLevel", add_prefix_space=False, use_regex=True)
     require(path, model, type="BPE", dropout=None, ignore_merges=False, byte_fallback=False)
     require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
@@ -201,10 +212,6 @@ def read_tokenizer_json(path):
         require(where, step, processors=None)  # no sequence in a sequence
         # A TemplateProcessing adds `special_tokens` to every text, and some others `cls` and `sep`.
         require(where, step, special_tokens=None, cls=None, sep=None)
-    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-    # Older files have each merge as one string.
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return checked_encoder(path, model["vocab"] | added, merges, added)
 
 
 def read_two_files(path, merges_path):
@@ -254,8 +261,13 @@ BRIEF.maxstring = 40
 def require(where, settings, **wanted):
     """Raise UserError if a setting is there and is not as wanted.
 
-    A setting that is missing has its default, which is as wanted. If null or false is wanted, then
-    0, "" and empty lists and dicts will do too.
+    A setting that is missing has its default, which is as wanted. Where null or false is wanted,
+    whatever is empty will do too.
+
+    >>> require("a.json", {"n": 1, "x": ""}, n=1, x=None, y=False)
+    >>> require("a.json", {"n": 1}, n=2)
+    Traceback (most recent call last):
+    encoder.UserError: a.json: n must be 2, not 1
     """
     for name, value in wanted.items():
         found = settings.get(name, value)

@@ -99,9 +99,10 @@ def find_model(model_size, models_dir):
         if not is_hugging_face(folder):
             download_gpt2_files(model_size, folder)
         return folder
-    # "../tuned" and "." are paths. Only a plain name can be that of a folder in `models`.
-    is_name = Path(model_size).name == str(model_size) != ".."
-    folders = [models / model_size, home(model_size)] if is_name else [home(model_size)]
+    folders = [home(model_size)]
+    is_plain_name = not re.search(r"[/\\]", str(model_size)) and model_size not in (".", "..")
+    if is_plain_name:  # A path such as ../tuned starts in the current directory, not in `models`.
+        folders.insert(0, models / model_size)
     for folder in folders:
         if model_size and os.path.isdir(folder):
             return folder
@@ -197,7 +198,8 @@ def find_checkpoint(folder):
     """Return the path of the checkpoint that the file `checkpoint` names, without its endings.
 
     A line of it is `model_checkpoint_path: "/home/me/run1/model-500"`. The folder may be one of
-    another machine, so only the last part counts. No file has a name of more than 200 characters.
+    another machine, so only the last part counts. A name of more than 200 characters is refused,
+    because it would fill a message.
     """
     path = folder / "checkpoint"
     pattern = r'(?m)^model_checkpoint_path: "(?:.*[/\\])?([^"/\\\0\n]{1,200})"'
@@ -250,7 +252,7 @@ def load_hugging_face(folder):
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     tensors = read_tensors(folder)
     lm_head = tensors.get("lm_head.weight")
-    if lm_head:  # GPT-2 scores the tokens with `wte`. A file may have it under this name only.
+    if lm_head is not None:  # GPT-2 scores tokens with `wte`. The file may have it as this only.
         tensors.setdefault("wte.weight", lm_head)
 
     def leaf(name, *shape):
@@ -260,7 +262,7 @@ def load_hugging_face(folder):
         return as_float32(name, tensors[name], shape)
 
     params = build_params(hparams, leaf)
-    if lm_head:
+    if lm_head is not None:
         same = as_float32("lm_head.weight", lm_head, params["wte"].shape)
         # As integers, because NaN is not equal to NaN.
         if not np.array_equal(same.view("u4"), params["wte"].view("u4")):
@@ -416,9 +418,8 @@ def request(session, method, url, start=0):
 def fetch(session, url, path):
     """Download a file under a temporary name, check it, and rename it.
 
-    Nothing is written before the server has announced the size. What is left of an earlier download
-    is continued. Only one process at a time downloads into a folder. Others wait, and then find the
-    file.
+    Nothing is written before the server has announced the size. Only one process at a time
+    downloads into a folder. Others wait, and then find the file.
     """
     from filelock import FileLock
 
@@ -428,19 +429,23 @@ def fetch(session, url, path):
         raise OSError("the server does not announce the size of the file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(".lock")):
-        if path.exists():
-            return
-        part = path.with_name(f"{path.name}.part")
-        if not part.exists() or part.stat().st_size > size:
-            part.write_bytes(b"")
-        n_requests = 0
-        while part.stat().st_size < size:
-            if n_requests == MAX_REQUESTS:
-                raise OSError(f"{n_requests} answers ended too early. Run again to continue")
-            receive(session, url, part, size)
-            n_requests += 1
-        check_md5(part, announced.get("Content-MD5"))
-        part.replace(path)
+        if not path.exists():
+            part = path.with_name(f"{path.name}.part")
+            complete(session, url, part, size)
+            check_md5(part, announced.get("Content-MD5"))
+            part.replace(path)
+
+
+def complete(session, url, part, size):
+    """Request the rest of a file until `part` has this size. An earlier download is continued."""
+    if not part.exists() or part.stat().st_size > size:
+        part.write_bytes(b"")
+    n_requests = 0
+    while part.stat().st_size < size:
+        if n_requests == MAX_REQUESTS:
+            raise OSError(f"{n_requests} answers ended too early. Run again to continue")
+        receive(session, url, part, size)
+        n_requests += 1
 
 
 def receive(session, url, part, size):
@@ -452,10 +457,12 @@ def receive(session, url, part, size):
         start = file.seek(0, os.SEEK_END)
         response = request(session, "GET", url, start)
         if response.status_code == 200:
-            start = file.seek(0)  # The server ignored the range, and sends the whole file.
+            # The server ignores the range and sends the whole file. The bytes that are here already
+            # are written again, and those behind them stay.
+            start = file.seek(0)
         progress = tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start)
-        # A broken connection is a BaseHTTPError. Then the part is too short, and `fetch` calls this
-        # again. A piece that has not come whole is lost, so the pieces are small.
+        # A broken connection is a BaseHTTPError. Then `complete` calls this again. A piece that has
+        # not come whole is lost, so the pieces are small.
         with response, progress as out, contextlib.suppress(BaseHTTPError):
             for piece in response.raw.stream(1 << 13, decode_content=False):
                 if file.tell() + len(piece) > size:
