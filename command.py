@@ -47,14 +47,17 @@ def command_line(main):
         status = "There is not enough memory."
     except (OSError, UserError) as error:
         status = str(error)
+    end_output("\n" if status == 130 else "")  # Ctrl-C may have come in the middle of a line.
+    sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
+
+
+def end_output(end):
+    """Write what is left in the buffer of standard output, or drop it if nobody can take it."""
     try:
-        if status == 130:
-            print()  # Ctrl-C may have come in the middle of a line.
-        print(end="", flush=True)
+        print(end=end, flush=True)
     except OSError:  # The pipe is closed, or the disk is full.
         # At exit, Python flushes again, and would tell the same error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
 
 
 def use_utf_8():

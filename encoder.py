@@ -132,21 +132,22 @@ class Encoder:
     def token_bytes(self, token):
         """Return the bytes that a token stands for: one byte for each of its characters.
 
-        A token is spelled as it looks if one of its characters stands for no byte, as in the
-        library `tokenizers`. So is a special token such as café, which would not be UTF-8. There,
-        that library prints a replacement character, which is not what the user added.
+        Two kinds of tokens are spelled as they look: those with a character that stands for no
+        byte, such as [日本], and special tokens that would not be UTF-8, such as café. The library
+        `tokenizers` does the same for the first kind. Of café, it prints only a part.
 
-        >>> toy = Encoder({"Ġthe": 0, "[日本]": 1, "café": 2}, [], special=["café"])
-        >>> [toy.token_bytes(token).decode() for token in ("Ġthe", "[日本]", "café")]
-        [' the', '[日本]', 'café']
+        >>> toy = Encoder({"[日本]": 0, "Ġthe": 1, "Ġ<s>": 2, "café": 3}, [], ["Ġ<s>", "café"])
+        >>> [toy.token_bytes(token).decode() for token in toy.encoder]
+        ['[日本]', ' the', ' <s>', 'café']
         """
         as_it_looks = token.encode("utf-8", "surrogatepass")  # JSON can hold half of a character.
         if any(char not in self.byte_decoder for char in token):
             return as_it_looks
         spelled = bytes(self.byte_decoder[char] for char in token)
-        is_text = "\ufffd" not in spelled.decode(errors="replace")
-        is_byte = len(token) == 1  # which may be a part of a character
-        return spelled if is_text or is_byte or token not in self.special else as_it_looks
+        if token not in self.special or len(token) == 1:
+            return spelled  # It may be a part of a character.
+        is_utf_8 = "\ufffd" not in spelled.decode("utf-8", "replace")
+        return spelled if is_utf_8 else as_it_looks
 
 
 # --- Reading a tokenizer from its folder ---
@@ -182,8 +183,9 @@ def check_tokenizer_config(path):
 def read_tokenizer_json(path):
     """Read a `tokenizer.json`, the format of the library `tokenizers`.
 
-    Its special tokens are its `added_tokens`. It is refused if a setting other than those of added
-    tokens would make that library find other ids than `Encoder`. The tests compare the ids.
+    Its special tokens are its `added_tokens`. It is refused if one of its other settings would make
+    that library find other ids than `Encoder`, except for `truncation` and `padding`, which
+    transformers sets anew for each text. The tests compare the ids.
     """
     content = read_json(path)
     try:
@@ -199,12 +201,13 @@ def read_tokenizer_json(path):
 
 def check_settings(path, content):
     """Raise UserError if a `tokenizer.json` has a setting that changes the ids."""
-    splitter, model = content["pre_tokenizer"], content["model"]
     require(path, content, normalizer=None)
-    require(path, splitter, type="ByteLevel", add_prefix_space=False, use_regex=True)
-    require(path, model, type="BPE", dropout=None, ignore_merges=False, byte_fallback=False)
-    require(path, model, continuing_subword_prefix=None, end_of_word_suffix=None)
-    require(path, content.get("decoder") or {}, type="ByteLevel")
+    where, settings = f"{path}: pre_tokenizer", content["pre_tokenizer"]
+    require(where, settings, type="ByteLevel", add_prefix_space=False, use_regex=True)
+    where, settings = f"{path}: model", content["model"]
+    require(where, settings, type="BPE", dropout=None, ignore_merges=False, byte_fallback=False)
+    require(where, settings, continuing_subword_prefix=None, end_of_word_suffix=None)
+    require(f"{path}: decoder", content.get("decoder") or {}, type="ByteLevel")
     processor = content.get("post_processor") or {}
     # A sequence has a list of steps. Any other processor is a single step.
     for step in processor.get("processors", [processor]):
@@ -265,9 +268,9 @@ def require(where, settings, **wanted):
     whatever is empty will do too.
 
     >>> require("a.json", {"n": 1, "x": ""}, n=1, x=None, y=False)
-    >>> require("a.json", {"n": 1}, n=2)
+    >>> require("a.json", {"n": 1}, n=None)
     Traceback (most recent call last):
-    encoder.UserError: a.json: n must be 2, not 1
+    encoder.UserError: a.json: n must be None, not 1
     """
     for name, value in wanted.items():
         found = settings.get(name, value)

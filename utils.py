@@ -12,6 +12,7 @@ import base64
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -99,10 +100,9 @@ def find_model(model_size, models_dir):
         if not is_hugging_face(folder):
             download_gpt2_files(model_size, folder)
         return folder
-    folders = [home(model_size)]
-    is_plain_name = not re.search(r"[/\\]", str(model_size)) and model_size not in (".", "..")
-    if is_plain_name:  # A path such as ../tuned starts in the current directory, not in `models`.
-        folders.insert(0, models / model_size)
+    is_path = re.search(r"[/\\]", str(model_size)) or str(model_size) in (".", "..")
+    # A path such as ../tuned starts in the current directory, and never in `models`.
+    folders = [home(model_size)] if is_path else [models / model_size, home(model_size)]
     for folder in folders:
         if model_size and os.path.isdir(folder):
             return folder
@@ -119,7 +119,8 @@ def is_hugging_face(folder):
 def read_hparams(path, names, **defaults):
     """Return the content of a JSON file that has the hparams under these names.
 
-    Raises UserError unless they are whole numbers above 0, and n_embd is a multiple of n_head.
+    Raises UserError unless they are whole numbers from 1 to 999,999, and n_embd is a multiple of
+    n_head. (A model of a billion layers would fill the memory before its file is found too small.)
     """
     hparams = defaults | read_json(path)
     for name in names:
@@ -224,7 +225,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
     build_params(hparams, collect)
     names = sorted(shapes)
-    ends = np.cumsum([math.prod(shapes[name]) for name in names])
+    ends = [*itertools.accumulate(math.prod(shapes[name]) for name in names)]
     path, n_bytes = f"{tf_ckpt_path}.data-00000-of-00001", 4 * ends[-1]
     data = map_file(path)
     if data.size != n_bytes:
@@ -418,8 +419,8 @@ def request(session, method, url, start=0):
 def fetch(session, url, path):
     """Download a file under a temporary name, check it, and rename it.
 
-    Nothing is written before the server has announced the size. Only one process at a time
-    downloads into a folder. Others wait, and then find the file.
+    Nothing is written, not even a lock, before the server has announced the size. Only one process
+    at a time downloads into a folder. Others wait, and then find the file.
     """
     from filelock import FileLock
 

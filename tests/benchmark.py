@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 
 from command import command_line
 from encoder import bytes_to_unicode
+from gpt2 import stream
 from utils import build_params, huggingface_name, load_encoder_hparams_and_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,8 +94,6 @@ def start(name, folder):
 
 
 def ours(folder):
-    from gpt2 import stream
-
     _, hparams, params = load_encoder_hparams_and_params("random", folder)
     return lambda ids, n: stream(ids, params, hparams["n_head"], n_tokens_to_generate=n)
 

@@ -100,13 +100,6 @@ def load(hparams, by_name):
     return model
 
 
-def logits(model, ids):
-    """Let Hugging Face compute `[n_seq, n_vocab]`."""
-    import torch
-
-    return model(torch.tensor(ids)[None]).logits[0].detach().numpy()
-
-
 def warped(scores, temperature, top_k, top_p):
     """Let Hugging Face turn logits `[n, n_vocab]` into the probabilities that it draws by."""
     import torch
@@ -118,26 +111,15 @@ def warped(scores, temperature, top_k, top_p):
     return generation.TopPLogitsWarper(top_p)(None, scores).softmax(-1).numpy()
 
 
-def saved(model):
-    """Return the `config.json` and the names of the weights that `save_pretrained` writes."""
-    from safetensors.numpy import load_file
+def texts(folder):
+    """Let Hugging Face go on from each prompt with 40 greedy tokens, or up to the end.
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        return {"config": config, "weights": sorted(load_file(Path(folder, "model.safetensors")))}
-
-
-def opened(folder):
-    """Let Hugging Face open a folder."""
+    Returns these texts, and the perplexity of `TEXT`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return [kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)]
-
-
-def texts(folder):
-    """Let Hugging Face go on from each prompt with 40 greedy tokens, or up to the end."""
-    model, tokenizer = opened(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ends, written = model.generation_config.eos_token_id, {}
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt") if prompt else {}
@@ -145,7 +127,8 @@ def texts(folder):
         new = ids[inputs["input_ids"].shape[1] if prompt else 1 :].tolist()
         new = new[:-1] if new[-1] in (ends if isinstance(ends, list) else [ends]) else new
         written[prompt] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
-    return written
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    return written, model(ids, labels=ids).loss.exp().item()  # the perplexity, of the mean loss
 
 
 def with_fields(folder, files):
@@ -158,28 +141,33 @@ def with_fields(folder, files):
 
 
 if __name__ == "__main__":
+    import torch
+    from safetensors.numpy import load_file
+
     recorded = {}
     for sizes in MODELS:
         hparams, _, by_name, ids = random_model(*sizes)
         model = load(hparams, by_name)
-        recorded[str(sizes)] = logits(model, ids)
-        if sizes == SAVED:
-            written = saved(model)
-            CHECKPOINT.mkdir(exist_ok=True)
-            save(CHECKPOINT, by_name)
-            (CHECKPOINT / "model.ckpt.index").unlink()  # which `utils.py` does not need
-            write_vocabulary(CHECKPOINT)
-            (CHECKPOINT / "hparams.json").write_text(json.dumps(hparams), "utf-8")
+        recorded[str(sizes)] = model(torch.tensor(ids)[None]).logits[0].detach().numpy()
     scores = np.random.RandomState(0).normal(0, 3, (3, 50)).astype(np.float32)
     recorded["warped from"] = scores
     recorded |= {f"warped {warp}": warped(scores, *warp) for warp in WARPS}
     np.savez_compressed(RECORDED, **recorded)
-    written |= {"texts": texts(BUNDLED), "ends": []}
+
+    CHECKPOINT.mkdir(exist_ok=True)  # of the last model, which is `SAVED`
+    save(CHECKPOINT, by_name)
+    (CHECKPOINT / "model.ckpt.index").unlink()  # which `utils.py` does not need
+    write_vocabulary(CHECKPOINT)
+    (CHECKPOINT / "hparams.json").write_text(json.dumps(hparams), "utf-8")
+
+    written = {"ends": []}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        written["config"] = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        written["weights"] = sorted(load_file(Path(folder, "model.safetensors")))
+    written["texts"], written["perplexity"] = texts(BUNDLED)
     for files in ENDS:
         with tempfile.TemporaryDirectory() as folder:
-            written["ends"].append(texts(with_fields(folder, files)))
-    model, tokenizer = opened(BUNDLED)
-    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    written["perplexity"] = model(ids, labels=ids).loss.exp().item()  # of the mean loss
+            written["ends"].append(texts(with_fields(folder, files))[0])
     written["of weights"] = sha256((BUNDLED / "model.safetensors").read_bytes()).hexdigest()
     WRITTEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", "utf-8")

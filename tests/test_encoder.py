@@ -13,16 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from encoder import Encoder, bytes_to_unicode, get_encoder
+from encoder import bytes_to_unicode, get_encoder
 
 # As in tiktoken's own definition of "gpt2".
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 SHARED = ROOT.parent / "shared"
 STRINGS = [
-    "",
-    " ",
-    "   a  b   ",
-    "\n\n  \n\tdef f(x):\n        return x\r\n\r\n",
+    *("", " ", "   a  b   ", "\n\n  \n\tdef f(x):\n        return x\r\n\r\n"),
     "I'm sure we've said it's what they'll do, 'tis 'S IT'STEAD '\u2019s ''s 're' x'\u017f",
     "naïve café, cafe\u0301, ÅNGSTRÖM, ß, ﬁ, ǅ, İ",
     "\u05d9\u05c1 Ελληνικά русский עברית العربية हिन्दी ไทย",
@@ -95,16 +92,12 @@ def test_a_stream_yields_one_text_for_each_id_as_soon_as_it_comes(both):
     assert "".join(pieces) == "né 👍!" and len(pieces) == len(ids) + 1
 
 
-@pytest.mark.parametrize("text", ["\ud800", "Romeo \udcff and"])
-def test_a_lone_surrogate_is_refused(both, text):
-    with pytest.raises(ValueError, match="surrogate"):
-        both[0].encode(text)
-
-
 @pytest.mark.parametrize("id", [-1, 50257, None, "0", 0.5])
-def test_an_id_outside_the_vocabulary_is_refused_by_name(both, id):
+def test_an_id_outside_the_vocabulary_and_half_of_a_character_are_refused(both, id):
     with pytest.raises(ValueError, match=f"the id {id}$"):
         both[0].decode([0, id])
+    with pytest.raises(ValueError, match="surrogate"):
+        both[0].encode("Romeo \ud800")
 
 
 # --- Two files: OpenAI's, or Hugging Face's older ones ---
@@ -150,12 +143,13 @@ def test_two_files_are_read_alike_under_either_name(names, line_end, start, tmp_
 
 def test_beside_two_files_added_tokens_and_those_that_look_special_are_found():
     vocabulary = VOCABULARY | {"<s>": 300, "[PAD]": 301}
-    encoder = ours({"vocab.json": vocabulary, "added_tokens.json": {"user:": 302}})
+    encoder = ours({"vocab.json": vocabulary, "added_tokens.json": {"user:": 302, "": 303}})
     library = theirs(["<|endoftext|>", "<s>", "[PAD]", "user:"])
     text = "the user: naïve é, <s>the[PAD]<|endoftext|>user:<pad>"
     assert encoder.encode(text, allowed_special="all") == library.encode(text).ids
     assert encoder.encode(text) == theirs().encode(text).ids
-    assert encoder.decode([302, THE, 300]) == "user: the<s>"
+    assert (encoder.bos, encoder.eos) == ([299], {299})  # <|endoftext|>
+    assert encoder.decode([302, THE, 303, 300]) == "user: the<s>"  # An empty name is never found.
 
 
 def test_of_a_merge_that_appears_twice_the_later_place_counts(tmp_path):
@@ -238,34 +232,19 @@ def test_a_token_decodes_to_the_bytes_that_its_characters_spell(name):
     assert ours(library).decode([THE, id]) == f" the{expected}"
 
 
-def test_a_token_with_an_empty_name_is_never_found():
-    encoder = ours({"added_tokens.json": {"": 300}})
-    assert encoder.encode("the user", "all") == theirs().encode("the user").ids
-
-
-@pytest.fixture
-def trained():
-    """A tokenizer trained as in Hugging Face's course, which knows only the bytes it has seen."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def test_a_trained_tokenizer_without_all_bytes_is_read_and_a_missing_byte_is_named():
+    """As in Hugging Face's course: such a tokenizer knows only the bytes that it has seen."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|endoftext|>", "<pad>", "un début"]
     trainer = trainers.BpeTrainer(vocab_size=50, special_tokens=special, show_progress=False)
-    made.train_from_iterator(["the heroes of the day © heard the other one"] * 3, trainer)
-    return made
-
-
-def test_a_trained_tokenizer_without_all_bytes_is_read(trained):
-    encoder, text = ours(trained), "the hero<pad> heard© un début<|endoftext|>day"
-    assert encoder.encode(text, allowed_special="all") == trained.encode(text).ids
-    assert encoder.encode("the other day") == trained.encode("the other day").ids
-    assert trained.token_to_id("<|endoftext|>") == 0
-    assert encoder.decode([0, 2, trained.token_to_id("©")]) == "<|endoftext|>un début\ufffd"
-
-
-@pytest.mark.parametrize("text, byte", [("the Zoo", "0x5a"), ("the é", "0xc3")])
-def test_a_byte_without_a_token_is_refused_by_name(text, byte, trained):
-    with pytest.raises(ValueError, match=rf"\b{byte}\b"):
-        ours(trained).encode(text)
+    library.train_from_iterator(["the heroes of the day © heard the other one"] * 3, trainer)
+    encoder, text = ours(library), "the hero<pad> heard© un début<|endoftext|>day"
+    assert encoder.encode(text, allowed_special="all") == library.encode(text).ids
+    assert encoder.decode([0, 2, library.token_to_id("©")]) == "<|endoftext|>un début\ufffd"
+    for text, byte in [("the Zoo", "0x5a"), ("the é", "0xc3")]:
+        with pytest.raises(ValueError, match=rf"\b{byte}\b"):
+            encoder.encode(text)
 
 
 def test_older_and_newer_ways_to_write_a_tokenizer_json_are_read_alike():
@@ -282,11 +261,6 @@ def test_older_and_newer_ways_to_write_a_tokenizer_json_are_read_alike():
     assert ours({"tokenizer.json": content}).encode(text, allowed_special="all") == ids
 
 
-def test_endoftext_starts_and_ends_a_text_if_the_vocabulary_has_it():
-    assert (ours(theirs()).bos, ours(theirs()).eos) == ([299], {299})
-    assert (Encoder({"a": 0}, []).bos, Encoder({"a": 0}, []).eos) == ([], set())
-
-
 BPE = {"vocab": VOCABULARY, "merges": MERGES}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 BOS = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [1]}}}
@@ -301,13 +275,11 @@ REFUSED = [
     ("pre_tokenizer", BYTE_LEVEL | {"use_regex": False}, "use_regex must be True"),
     ("pre_tokenizer", None, "is not a byte-level BPE"),
     ("model", {"type": "WordPiece", "vocab": VOCABULARY}, "type must be 'BPE'"),
-    ("model", {"type": "Unigram", "vocab": [["a", 0.0]]}, "type must be 'BPE'"),
     ("model", BPE | {"vocab": [["a", 0.0]]}, "is not a byte-level BPE"),
     ("model", BPE | {"vocab": VOCABULARY | {"a": 64.0}}, "does not number its tokens"),
     ("model", BPE | {"merges": [["h", 1]]}, "is not a byte-level BPE"),
     ("model", BPE | {"merges": [*MERGES, ("R", "o", "me")]}, "does not have two parts"),
     ("model", BPE | {"merges": [*MERGES, ("q", "q")]}, "do not belong together: .* 'qq'"),
-    ("model", BPE | {"dropout": 0.1}, "dropout must be None"),
     ("model", BPE | {"end_of_word_suffix": "</w>"}, "end_of_word_suffix must be None"),
     ("model", BPE | {"ignore_merges": True}, "ignore_merges must be False"),
     ("added_tokens", ["<s>"], "is not a byte-level BPE"),

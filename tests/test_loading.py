@@ -88,27 +88,20 @@ def tf():
     return pytest.importorskip("tensorflow", reason=why)
 
 
-def as_tensorflow_reads_it(folder, tf):
-    reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-    hparams = json.loads((folder / "hparams.json").read_text())
-
-    def leaf(name, *shape):
-        return reader.get_tensor(f"model/{name}").reshape(shape).astype(np.float32)
-
-    return build_params(hparams, leaf)
-
-
-def adam(tf):
-    loss = tf.add_n([tf.reduce_sum(v**2) for v in tf.trainable_variables()])
-    return tf.train.AdamOptimizer().minimize(loss)
-
-
 def test_what_tensorflow_saves_is_read_as_tensorflow_reads_it(openai, tf):
     """Of twelve layers, h10 and h11 come before h2 in the alphabet, and so in the file."""
     hparams, _, weights, _ = huggingface.random_model(300, 16, 12, 3, 12, 1)
     edit_json(openai / "hparams.json", hparams)
     huggingface.save(openai, weights)
-    assert_same(load(openai)[2], as_tensorflow_reads_it(openai, tf))
+    reader = tf.train.load_checkpoint(str(openai / "model.ckpt"))
+    theirs = {name: reader.get_tensor(f"model/{name}") for name in weights}
+    params = build_params(hparams, lambda name, *shape: theirs[name].reshape(shape))
+    assert_same(load(openai)[2], params)
+
+
+def adam(tf):
+    loss = tf.add_n([tf.reduce_sum(v**2) for v in tf.trainable_variables()])
+    return tf.train.AdamOptimizer().minimize(loss)
 
 
 @pytest.mark.parametrize("change", ["adam", "sharded", "float16"])
@@ -213,28 +206,26 @@ def test_a_name_that_is_no_model_is_told_with_the_published_sizes(name, openai):
 
 
 def test_the_path_of_a_folder_opens_it_and_a_name_in_models_dir_comes_first(openai, monkeypatch):
-    (openai.parent / "models").mkdir()
     model = shutil.copytree(openai, openai.parent / "models" / "tuned")
     monkeypatch.chdir(openai.parent)
-    for path in (openai, "openai", "openai/", "./openai", "models/../openai", "models/tuned"):
+    monkeypatch.setenv("HOME", str(openai.parent))
+    paths = [openai, "openai", "openai/", "./openai", "models/../openai", "models/tuned", "tuned"]
+    for path in paths if os.name == "nt" else [*paths, "~/openai"]:
         assert load_encoder_hparams_and_params(path, "models")[1] == HPARAMS
     monkeypatch.chdir(openai)
     for path in (".", "../openai"):  # not from the folder of models
         assert load_encoder_hparams_and_params(path, model)[1] == HPARAMS
+    other = shutil.copytree(openai, openai.parent / "tuned")
+    edit_json(other / "hparams.json", {"n_layer": 0})
     monkeypatch.chdir(openai.parent)
-    shutil.copytree(openai, "tuned")
-    edit_json(openai.parent / "tuned" / "hparams.json", {"n_layer": 0})
     assert load_encoder_hparams_and_params("tuned", "models")[1] == HPARAMS
     shutil.rmtree(model)
-    with pytest.raises(ValueError, match=r"tuned/hparams\.json|tuned\\hparams\.json"):
+    with pytest.raises(ValueError, match=r"tuned.hparams\.json: n_layer"):
         load_encoder_hparams_and_params("tuned", "models")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows guesses the homes of users that do not exist")
-def test_a_tilde_stands_for_the_home_of_the_user(openai, monkeypatch):
-    monkeypatch.setenv("HOME", str(openai.parent))
-    assert load_encoder_hparams_and_params("openai", "~")[1] == HPARAMS
-    assert load_encoder_hparams_and_params("~/openai")[1] == HPARAMS
+def test_a_home_that_does_not_exist_is_told_in_a_line():
     with pytest.raises(ValueError, match=r"^~nosuchuser/x: [^\n]+$"):
         load_encoder_hparams_and_params("~nosuchuser/x")
 
@@ -268,12 +259,6 @@ def test_a_file_is_read_where_it_cannot_be_mapped_and_a_pickle_is_not(layout, re
     (folder / "pytorch_model.bin").write_bytes(b"")
     monkeypatch.setattr(np, "memmap", memmap)
     assert_logits_are_recorded(folder)
-
-
-def test_hugging_faces_layout_is_read_from_a_folder_with_both(openai, saved):
-    shutil.copytree(openai, saved, dirs_exist_ok=True)
-    (saved / DATA).write_bytes(b"")
-    assert_logits_are_recorded(saved.rename(saved.with_name("124M")))
 
 
 def test_loading_needs_no_package_that_downloads():
@@ -310,29 +295,20 @@ def test_float16_is_widened_and_bfloat16_is_the_upper_half_of_the_same_numbers(s
     assert not load(saved)[2]["wte"].flags.writeable
 
 
-@pytest.fixture
-def split(saved):
-    """The same folder with its weights in three files, and their index."""
+def test_weights_may_be_in_several_files_with_an_index_or_in_one_file(saved):
     parts = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(RENAMED)}
     for file in {*parts.values()}:
         save_file({n: w for n, w in RENAMED.items() if parts[n] == file}, saved / file)
     (saved / "model.safetensors").unlink()
-    edit_json(saved / "model.safetensors.index.json", {"weight_map": parts})
-    return saved
-
-
-def test_weights_may_be_in_several_files_and_one_file_is_read_before_several(split):
-    assert_logits_are_recorded(split)
-    save_file(RENAMED, split / "model.safetensors")
-    edit_json(split / "model.safetensors.index.json", {"weight_map": None})
-    assert_logits_are_recorded(split)
-
-
-@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}, {"a": "../x"}, {"a": "x" * 999}])
-def test_a_damaged_index_of_weights_is_an_error(weight_map, split):
-    edit_json(split / "model.safetensors.index.json", {"weight_map": weight_map})
-    with pytest.raises(ValueError, match=r"index\.json is damaged: .*[^\n]{,50}$"):
-        load(split)
+    index = saved / "model.safetensors.index.json"
+    edit_json(index, {"weight_map": parts})
+    assert_logits_are_recorded(saved)
+    for damaged in (None, [], "x", {"a": 1}, {"a": "../x"}, {"a": "x" * 999}):
+        edit_json(index, {"weight_map": damaged})
+        with pytest.raises(ValueError, match=r"index\.json is damaged: .*[^\n]{,50}$"):
+            load(saved)
+    save_file(RENAMED, saved / "model.safetensors")  # One file is read before several.
+    assert_logits_are_recorded(saved)
 
 
 BARE = {name.removeprefix("transformer."): weight for name, weight in RENAMED.items()}
@@ -411,12 +387,10 @@ def test_rows_without_a_token_are_cut_off_and_fewer_rows_load(n_rows, saved):
     _, hparams, params = load(saved)
     assert hparams["n_vocab"] == len(params["wte"]) == min(n_rows, 300)
     np.testing.assert_array_equal(params["wte"], PARAMS["wte"][:n_rows])
-
-
-def test_a_token_without_a_row_is_an_error_when_it_is_used(saved):
     edit_json(saved / "added_tokens.json", {"[PAD]": 300})
-    with pytest.raises(ValueError, match="its id has no row in wte"):
-        main("x[PAD]", 1, saved, None)
+    if n_rows <= 300:
+        with pytest.raises(ValueError, match="its id has no row in wte"):
+            main("x[PAD]", 1, saved)
 
 
 @pytest.mark.parametrize("files, texts", [*zip(huggingface.ENDS, WRITTEN["ends"], strict=True)])

@@ -46,11 +46,6 @@ def run_blocks(page):
 
 
 @pytest.fixture(scope="module")
-def readme():
-    return run_blocks("README.md")
-
-
-@pytest.fixture(scope="module")
 def examples():
     return run_blocks("examples/README.md")
 
@@ -59,8 +54,8 @@ def logits(names, ids):
     return gpt2(ids, **names["params"], n_head=names["n_head"])
 
 
-def test_every_snippet_prints_what_stands_below_it(readme, examples):
-    for page, (_, printed) in zip(PAGES, (readme, examples), strict=True):
+def test_every_snippet_prints_what_stands_below_it(examples):
+    for page, (_, printed) in zip(PAGES, (run_blocks("README.md"), examples), strict=True):
         for text, (code, below) in zip(printed, blocks(page, "python"), strict=True):
             assert below and text.strip(), code
             assert_prints(text, below)
