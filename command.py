@@ -86,7 +86,7 @@ def read_arguments(main):
     if {"-h", "--help"} & {*words}:
         print_help(main, in_shell)
         sys.exit()
-    check_flags(words)
+    check_flags(words, in_shell)
     arguments = parse_words(words, in_shell)
     if "prompt" in parameters:
         arguments["prompt"] = read_prompt(arguments.get("prompt"))
@@ -114,14 +114,22 @@ def print_help(main, parameters):
     print(fire.helptext.HelpText(command, trace), flush=True)
 
 
-def check_flags(words):
-    """Raise UserError for a flag without a value. Fire would give it the value True."""
-    flag = r"--?[a-zA-Z][\w-]*"
+def check_flags(words, parameters):
+    """Raise UserError for an option without a value. Fire would give it the value True."""
+    flag = r"--?([a-zA-Z][\w-]*)"
     for word, next_word in itertools.pairwise([*words, None]):
+        if re.fullmatch("--+(=.*)?", word):
+            raise UserError(f"{brief(word)} is not an option. {SEE_HELP}")
         # The next word may also be a flag with its value in it, such as --seed=1.
         has_no_value = next_word is None or re.match(flag, next_word)
-        if re.fullmatch(flag, word) and has_no_value:
-            raise UserError(f"{word[:40]} needs a value. {SEE_HELP}")
+        is_flag = re.fullmatch(flag, word)
+        if is_flag and has_no_value and find_options(is_flag[1], parameters):
+            raise UserError(f"{word} needs a value. {SEE_HELP}")
+
+
+def find_options(key, parameters):
+    """Return the names of the parameters that a flag can mean, by its name or its first letter."""
+    return [p.name for p in parameters if key.replace("-", "_") in (p.name, p.name[0])]
 
 
 def parse_words(words, parameters):
@@ -151,7 +159,7 @@ def parse_words(words, parameters):
     values, options = kept.pop()
     arguments = {}
     for key, value in options.items():
-        names = [p.name for p in parameters if key in (p.name, p.name[0])]
+        names = find_options(key, parameters)
         if len(names) != 1:
             flag = f"-{key}" if len(key) == 1 else f"--{key}"
             what = f"can be {' or '.join(names)}" if names else "is not an option"

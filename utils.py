@@ -30,8 +30,8 @@ DATA = "model.ckpt.data-00000-of-00001"
 FILES = ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe", DATA)
 # What a folder must have, for the message about a file that is missing.
 LAYOUTS = (
-    "`save_pretrained` writes config.json, model.safetensors and tokenizer.json (older versions: "
-    f"vocab.json and merges.txt). OpenAI's code writes {', '.join(FILES)}."
+    "A model is what `save_pretrained` writes: config.json, model.safetensors and tokenizer.json "
+    f"(or vocab.json and merges.txt), or what OpenAI's code writes: {', '.join(FILES)}."
 )
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 MAX_REQUESTS = 20  # for each file; if the connection breaks, the next request is for the rest
@@ -62,8 +62,8 @@ GELU_NEW = ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate
 def load_encoder_hparams_and_params(model_size, models_dir=None):
     """Load a model.
 
-    `model_size` is a published size, the name of a folder in `models_dir`, such as the bundled 1M,
-    or the path of any other folder. A published size that is missing is downloaded into
+    `model_size` is a published size, the bundled 1M, the name of a folder in `models_dir`, or the
+    path of any other folder. A published size that is missing is downloaded into
     `models_dir/model_size`. By default, `models_dir` is the folder `models` beside this file.
 
     A folder with a `config.json` has Hugging Face's layout. From its `generation_config.json`, only
@@ -102,13 +102,12 @@ def find_model(model_size, models_dir):
         return folder
     is_path = re.search(r"[/\\]", str(model_size)) or str(model_size) in (".", "..")
     # A path such as ../tuned starts in the current directory, and never in `models`.
-    folders = [home(model_size)] if is_path else [models / model_size, home(model_size)]
-    for folder in folders:
+    folders = [] if is_path else [models / model_size, MODELS / model_size]
+    for folder in [*folders, home(model_size)]:
         if model_size and os.path.isdir(folder):
             return folder
-    sizes = ", ".join(SIZES)
-    where = f"a folder in {models}, such as 1M, or the path of one"
-    raise UserError(f"model_size must be {sizes}, {where}, not {brief(model_size)}")
+    choices = f"{', '.join(SIZES)}, 1M, a folder in {models}, or the path of one"
+    raise UserError(f"The model must be {choices}, not {brief(model_size)}")
 
 
 def is_hugging_face(folder):

@@ -2,7 +2,7 @@
 
     pip install -r examples/requirements.txt
     python examples/train.py my.txt models/mine                        # learns the text by heart
-    python examples/train.py my.txt models/tuned --start models/124M   # fine-tunes GPT-2
+    python examples/train.py my.txt models/tuned --start 124M   # fine-tunes GPT-2
 
 The model is the function `gpt2` of `gpt2.py`, with JAX in place of NumPy. JAX computes how the loss
 depends on the parameters, and optax changes the parameters so that the loss falls.
@@ -63,7 +63,7 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     Args:
         text_path: a text file in UTF-8; if it holds several texts, put <|endoftext|> between them
         model_dir: the folder to save the model in; it must not exist yet
-        start: the folder of the model to fine-tune, such as models/124M
+        start: the model to fine-tune: 124M, which is downloaded if it is missing, or a folder
         steps: the number of batches to learn from; by default 12000, or 200 with --start; with 0,
             train nothing, but test how much of the text the model in model_dir knows by heart
         batch: the number of windows in a batch; by default 48, or 4 with --start
