@@ -2,10 +2,9 @@
 
     python tests/benchmark.py
 
-Both have the sizes of 124M and random weights. Decoding is greedy, in float32, with one prompt at a
-time. Every token needs every weight once. So the limit is the read speed of the memory, measured in
-the same run, divided by the weights' size. Run it on a quiet machine. Only the last figure is
-measured beside a program that keeps one processor busy, which the benchmark starts itself.
+Both have the sizes of 124M and random weights, in float32, and are greedy. Every token needs every
+weight once. So the limit is the read speed of the memory, measured in the same run, divided by the
+weights' size. Run it on a quiet machine. It starts the busy program of the last figure itself.
 """
 
 import json

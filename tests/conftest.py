@@ -6,7 +6,7 @@ import os
 # imported, and so do the processes that the tests start.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -30,18 +30,15 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 @pytest.fixture(scope="session")
 def train():
     """`examples/train.py` as a module."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("train")
 
 
-def run(*args, code=("gpt2.py",), command=None, stdin=b"", cwd=ROOT, **env):
+def run(*args, code=("gpt2.py",), command=None, stdin=b"", **env):
     """Run `python gpt2.py` with these arguments, without any setting of Python by the caller."""
     words = [word if isinstance(word, bytes) else str(word) for word in (*code, *args)]
     env = {k: v for k, v in os.environ.items() if k[:6] != "PYTHON" or k == "PYTHONPATH"} | env
     env = {name: value for name, value in env.items() if value is not None}
-    pipes = {"input": stdin, "capture_output": True, "cwd": cwd, "timeout": 60}
+    pipes = {"input": stdin, "capture_output": True, "cwd": ROOT, "timeout": 60}
     result = subprocess.run(command or [sys.executable, *words], env=env, **pipes)
     texts = (pipe.decode("utf-8", "replace") for pipe in (result.stdout, result.stderr))
     result.out, result.err = (text.replace(os.linesep, "\n") for text in texts)

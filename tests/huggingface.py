@@ -112,10 +112,7 @@ def warped(scores, temperature, top_k, top_p):
 
 
 def texts(folder):
-    """Let Hugging Face go on from each prompt with 40 greedy tokens, or up to the end.
-
-    Returns these texts, and the perplexity of `TEXT`.
-    """
+    """Return how Hugging Face goes on from each prompt, and the perplexity of `TEXT`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)

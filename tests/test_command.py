@@ -26,7 +26,6 @@ QUOTES = "If a text has several words, put it in double quotes."
 NINE = "But soft what light through yonder window breaks it"
 MISTAKES = {  # what is typed, and the words of the message
     "": ["prompt", "--help"],
-    "x --model 1M": ["'--model' is not an option", "--help"],
     "x --temprature 1": ["'--temprature' is not an option", "--help"],
     "x --show print": ["--show", "--help"],
     "x -m 1M": ["'-m' can be model_size or models_dir", "--help"],
@@ -35,14 +34,12 @@ MISTAKES = {  # what is typed, and the words of the message
     "x --": ["'--' is not an option"],
     "--prompt --model_size 1M": ["--prompt needs a value"],
     "Romeo Juliet --model_size 1M": ["'Juliet'", QUOTES, "--help"],
-    "--model_size 1M Romeo Juliet": [QUOTES],
     "Henry 5 --model_size 1M": [QUOTES],
     NINE: [QUOTES],
     f"x {'y' * 9999}": [QUOTES],
     f"x --{'y' * 9999} 1": ["--yyy"],
     "x --model_size 117M": ["must be 124M, 355M, 774M, 1558M, 1M, a folder in", "not '117M'"],
     f"x --model_size {'y' * 9999}": ["must be 124M"],
-    f"x --seed {'y' * 9999}": ["seed must be a whole number"],
     "x --n_tokens_to_generate 256 --model_size 1M": ["has 1 tokens", "has 256", "be 255 at most"],
     f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten the prompt"],
 }
@@ -51,7 +48,6 @@ SAMPLING = {
     "--seed 1": {"temperature": 1.0, "seed": 1},
     "--top_k 5": {"temperature": 1.0, "seed": 1, "top_k": 5},
     "--top_p 0.9": {"temperature": 1.0, "seed": 1, "top_p": 0.9},
-    "--top_p 1.0": {"temperature": 1.0, "seed": 1},
     "--top_k 5 --temperature 2": {"temperature": 2.0, "seed": 1, "top_k": 5},
     "--temperature 0 --top_k 5 --top_p 0.9 --seed 1": {},
 }
@@ -67,7 +63,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs the shell, signals or 
 
 def main(prompt, n=12, **limits):
     """The text that the command should print."""
-    return gpt2.main(prompt, n, "1M", str(ROOT / "models"), **limits)
+    return gpt2.main(prompt, n, "1M", **limits)
 
 
 def shell(line, stdin=b""):
@@ -218,11 +214,11 @@ def test_windows_line_ends_and_a_byte_order_mark_are_cleaned():
     assert run(dirty, code=ECHO).out == clean
 
 
-def test_a_prompt_that_is_not_utf_8_is_an_error_in_one_line():
-    for settings in ({}, ASCII):
-        results = [run("-", *TINY, stdin=b"\xff", **settings)]
-        results += [run(b"caf\xe9", *TINY, **settings)] if os.name != "nt" else []
-        assert all(is_one_line(result) and "not valid utf-8" in result.err for result in results)
+@pytest.mark.parametrize("settings", [{}, ASCII], ids=str)
+def test_a_prompt_that_is_not_utf_8_is_an_error_in_one_line(settings):
+    results = [run("-", *TINY, stdin=b"\xff", **settings)]
+    results += [run(b"caf\xe9", *TINY, **settings)] if os.name != "nt" else []
+    assert all(is_one_line(result) and "not valid utf-8" in result.err for result in results)
 
 
 @pytest.mark.parametrize("settings", [{}, ASCII, {"PYTHONIOENCODING": "cp1252"}], ids=str)
@@ -243,11 +239,9 @@ def test_a_model_that_has_diverged_is_told_in_a_line(number, options, tmp_path):
     assert is_one_line(result) and "scores are not numbers" in result.err
 
 
-def test_the_text_is_printed_where_standard_output_is_no_file(monkeypatch):
-    """As in a notebook, where it cannot change its encoding."""
-    output = io.StringIO()
+def test_the_text_is_printed_where_standard_output_is_no_file_as_in_a_notebook(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpt2.py", "But, soft!", *TINY])
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         runpy.run_path(str(ROOT / "gpt2.py"), run_name="__main__")
     assert output.getvalue() == main("But, soft!") + "\n"
 

@@ -97,8 +97,7 @@ def test_attention_takes_one_head_or_any_number_of_heads(small):
     assert together.shape == (2, 5, 6, 4)
     for i, j in np.ndindex(2, 5):
         np.testing.assert_allclose(together[i, j], attention(q[i, j], k[i, j], v[i, j], mask))
-    # The first query sees the first key alone.
-    np.testing.assert_allclose(together[:, :, 0], v[:, :, 0])
+    np.testing.assert_allclose(together[:, :, 0], v[:, :, 0])  # The first sees one key alone.
 
 
 def test_large_activations_give_no_warning_and_no_nan(small):
@@ -163,17 +162,13 @@ def test_no_function_changes_an_argument(small):
     np.testing.assert_array_equal(x, params["wpe"])
 
 
-def lines_of_code(source):
-    """The numbers of the lines that are not blank, comments or docstrings."""
-    code = (tokenize.NAME, tokenize.NUMBER, tokenize.OP)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {token.start[0] for token in tokens if token.type in code}
-
-
 def test_the_file_has_sixty_lines_of_code_with_one_statement_each():
     """They run from the import to the end of `generate`; `main` and the entry come after them."""
     source = inspect.getsource(gpt2)
-    code, main = lines_of_code(source), source[: source.index("def main(")].count("\n") + 1
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    kinds = (tokenize.NAME, tokenize.NUMBER, tokenize.OP)  # no blanks, comments and docstrings
+    code = {token.start[0] for token in tokens if token.type in kinds}
+    main = source[: source.index("def main(")].count("\n") + 1
     statements = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
     assert source.index("def generate(") == source.rindex("def ", 0, source.index("def main("))
     assert sum(line < main for line in code) <= 60
@@ -183,12 +178,8 @@ def test_the_file_has_sixty_lines_of_code_with_one_statement_each():
     assert len(statements) == len(set(statements))
 
 
-def test_main_writes_forty_tokens_of_124m_greedily_by_default():
-    count, size, *others = gpt2.main.__defaults__
-    assert (count, size, {*others}) == (40, "124M", {None})
-
-
 def test_main_shows_each_piece_and_returns_the_whole_text(capfd):
+    assert gpt2.main.__defaults__[:2] == (40, "124M") and {*gpt2.main.__defaults__[2:]} == {None}
     pieces = []
     text = gpt2.main("But, soft!", 12, "1M", show=pieces.append)
     assert "".join(pieces) == text == gpt2.main("But, soft!", 12, "1M")

@@ -13,7 +13,6 @@ import pytest
 from conftest import ROOT, run
 
 import gpt2 as gpt2_module
-from gpt2 import gpt2
 
 PAGES = {path: (ROOT / path).read_text("utf-8") for path in ("README.md", "examples/README.md")}
 BLOCK = r"```{}\n((?:(?!```).)*)```\n"
@@ -48,10 +47,6 @@ def run_blocks(page):
 @pytest.fixture(scope="module")
 def examples():
     return run_blocks("examples/README.md")
-
-
-def logits(names, ids):
-    return gpt2(ids, **names["params"], n_head=names["n_head"])
 
 
 def test_every_snippet_prints_what_stands_below_it(examples):
@@ -93,7 +88,7 @@ def test_the_weights_of_each_head_are_kept(examples):
 
 def test_logits_are_the_same_compiled_in_a_batch_and_spread_over_devices(examples):
     names, _ = examples
-    expected = logits(names, names["inputs"])
+    expected = gpt2_module.gpt2(names["inputs"], **names["params"], n_head=names["n_head"])
     for found in (names["compiled"], names["batched"][0], names["spread"]):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
