@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, run
 
 import gpt2 as gpt2_module
+from utils import load_encoder_hparams_and_params
 
 PAGES = {path: (ROOT / path).read_text("utf-8") for path in ("README.md", "examples/README.md")}
 BLOCK = r"```{}\n((?:(?!```).)*)```\n"
@@ -94,11 +95,10 @@ def test_logits_are_the_same_compiled_in_a_batch_and_spread_over_devices(example
 
 
 def test_generate_and_sample_work_under_the_swap_too(examples):
-    names, _ = examples
-    texts = []
-    for module in (gpt2_module, names["swapped"]):
-        pick = partial(module.sample, random=np.random.default_rng(1), temperature=4.0, top_k=50)
+    names, texts = examples[0], []
+    numpys = load_encoder_hparams_and_params("1M")[2]
+    for module, params in ((gpt2_module, numpys), (names["swapped"], names["params"])):
+        pick = partial(module.sample, random=np.random.default_rng(1), temperature=6.0, top_k=50)
         for picks in ({}, {"pick": pick}):
-            arguments = (names["inputs"], names["params"], names["n_head"], 6)
-            texts.append(module.generate(*arguments, **picks))
+            texts.append(module.generate(names["inputs"], params, names["n_head"], 5, **picks))
     assert texts[:2] == texts[2:] and texts[0] != texts[1]

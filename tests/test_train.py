@@ -227,7 +227,7 @@ def test_a_window_is_a_prompt_of_1_to_18_words_and_what_follows(train, text):
     ring, random = train.Text(text, encoder), np.random.default_rng(0)
     words = [END, *(text.split() if text == VERSE else text)]
     starts, counts = set(), set()
-    for _ in range(2000):
+    for _ in range(1000):
         prompt, ids, following = ring.draw(random, 40)
         assert ids == encoder.encode(prompt, "all") and len(following) == 40
         assert f"{prompt}{encoder.decode(following)}".rstrip("\ufffd") in f"{END}{text}" * 99
