@@ -372,7 +372,7 @@ def download_gpt2_files(model_size, model_dir):
             try:
                 fetch(session, url, folder / name)
             except (OSError, OverflowError, ValueError) as error:  # the last two: odd headers
-                reason = str(root_cause(error))[:200]
+                reason = str(root_cause(error))[:200].rstrip(".")
                 raise OSError(f"{url} did not arrive: {reason}. {BUNDLED}") from None
 
 
@@ -409,6 +409,8 @@ def request(session, method, url, start=0):
         raise OSError(f"the server answered {response.status_code}")
     if "html" in response.headers.get("Content-Type", ""):
         raise OSError("the answer is a web page, perhaps one to log in")
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise OSError("the server compresses the file, which it was asked not to do")
     content_range = response.headers.get("Content-Range", "")
     if response.status_code == 206 and not content_range.startswith(f"bytes {start}-"):
         raise OSError("the server sent another part of the file")
@@ -464,7 +466,7 @@ def receive(session, url, part, size):
         # A broken connection is a BaseHTTPError. Then `complete` calls this again. A piece that has
         # not come whole is lost, so the pieces are small.
         with response, progress as out, contextlib.suppress(BaseHTTPError):
-            for piece in response.raw.stream(1 << 13, decode_content=False):
+            for piece in response.raw.stream(1 << 11, decode_content=False):
                 if file.tell() + len(piece) > size:
                     raise OSError("the file is longer than the server announced")
                 out.write(piece)

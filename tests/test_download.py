@@ -19,7 +19,6 @@ import utils
 from utils import DATA, FILES
 
 PAGE = b"<!DOCTYPE html>\n<html>Please log in</html>\n"
-posix = pytest.mark.skipif(os.name == "nt", reason="needs the limits of POSIX")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -57,6 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "Content-MD5": base64.b64encode(hashlib.md5(whole).digest()).decode(),
             "Content-Range": f"bytes {first}-{len(whole) - 1}/{len(whole)}" if start else None,
             "Location": f"/elsewhere{self.path}" if fault == "moved" else None,
+            "Content-Encoding": "gzip" if fault == "gzip" else None,
         }
         for field, value in headers.items():
             if value is not None and field not in server.not_told:
@@ -160,9 +160,9 @@ def test_the_address_is_openais_or_that_of_a_mirror(address, tmp_path, monkeypat
 
 
 REFUSALS = [(method, "page", "the answer is a web page") for method in ("HEAD", "GET")]
-REFUSALS += [("HEAD", "no length", "does not announce the size"), ("HEAD", 405, "answered 405")]
+REFUSALS += [("HEAD", "no length", "announce the size"), ("GET", "gzip", "compresses the file")]
 REFUSALS += [("GET", status, f"answered {status}") for status in (403, 404, 416, 501)]
-REFUSALS += [("HEAD", 429, "429 error"), ("GET", 503, "503 error")]  # asked again, in vain
+REFUSALS += [("HEAD", 405, "answered 405"), ("HEAD", 429, "429 error"), ("GET", 503, "503 error")]
 
 
 @pytest.mark.parametrize(("method", "fault", "reason"), REFUSALS)
@@ -270,7 +270,7 @@ def test_two_processes_fetch_each_file_once(name, server, tmp_path, start):
     assert [path for m, path, _ in server.log if m == "GET"] == [f"/355M/{n}" for n in FILES]
 
 
-@posix
+@pytest.mark.skipif(os.name == "nt", reason="needs the limits of POSIX")
 def test_a_full_disk_is_a_message_and_the_next_run_goes_on(server, folder, start):
     half = len(server.content[DATA]) // 2
     with start(f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({half}, {half}))") as process:
