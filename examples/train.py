@@ -76,7 +76,7 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     """
     options = read_options(LIMITS, steps=steps, batch=batch, length=length, lr=lr)
     team = read_options(LIMITS, num_processes=num_processes, process_id=process_id)
-    text_path, model_dir = home(text_path), home(model_dir).resolve()
+    text_path, model_dir = home(text_path), home(model_dir).absolute()
     if not text_path.is_file():
         raise UserError(f"There is no text file {text_path}")
     text = read_text(text_path)
@@ -90,8 +90,11 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
         join(coordinator_address, **team)
     plan = from_start(text, start, **options) if start else from_nothing(text, **options)
     # A place that cannot be written is noticed now, because later the training would be lost.
-    model_dir.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=model_dir.parent).close()
+    try:
+        model_dir.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=model_dir.parent).close()
+    except OSError as error:
+        raise UserError(f"{model_dir.parent} cannot be written: {error.strerror}") from None
     interrupted = note_ctrl_c() if jax.process_count() == 1 else []
     params, report = train(plan, interrupted)
     if jax.process_index() > 0:

@@ -171,7 +171,7 @@ MISTAKES = [
     ("A b c.", {}, "--length 40 is too long: this model and text allow [4-9]"),
     (FISH * 40, {"start": "{start}", "length": 33}, "--length 33 is too long: .* allow 32"),
     (FISH, {"start": "{start}", "length": 16}, "--length 16 is too long: .* allow 0"),
-    (FISH * 40, {"model_dir": "{text}/new"}, "text.txt"),
+    (FISH * 40, {"model_dir": "{text}/new"}, "text.txt cannot be written: "),
     (FISH * 40, {"model_dir": "{start}"}, "start exists already. Choose another folder"),
     (FISH * 40, {"text_path": "{text}x"}, "There is no text file .*text.txtx"),
     (FISH * 40, {"num_processes": 2}, "Several processes need an address"),
