@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import reprlib
 from itertools import pairwise
 from pathlib import Path
@@ -309,10 +310,7 @@ def read_text(path):
 
 def home(path):
     """Return a path, with the user's home in place of a ~ at its start."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from None
+    return Path(os.path.expanduser(path))
 
 
 def brief(value):

@@ -124,10 +124,9 @@ def read_hparams(path, names, **defaults):
     hparams = defaults | read_json(path)
     for name in names:
         value = hparams.get(name)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path}: {name} must be a number above 0, not {brief(value)}")
-        if value >= 10**6:
-            raise UserError(f"{path}: {name} must be below 1,000,000, not {brief(value)}")
+        if type(value) is not int or not 0 < value < 10**6:
+            limits = "a whole number from 1 to 999,999"
+            raise UserError(f"{path}: {name} must be {limits}, not {brief(value)}")
     if hparams["n_embd"] % hparams["n_head"]:
         raise UserError(f"{path}: n_embd must be a multiple of n_head")
     return hparams

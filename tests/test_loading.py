@@ -129,8 +129,8 @@ MISFITS = [
     ("n_ctx", 17, rf"{DATA} has 30,336 bytes instead of 30,384"),
     ("n_layer", 3, rf"{DATA} has 30,336 bytes instead of 37,872"),
     ("n_head", 5, "n_embd must be a multiple of n_head"),
-    ("n_layer", 0, "hparams.json: n_layer must be a number above 0, not 0"),
-    ("n_layer", 10**9, "hparams.json: n_layer must be below 1,000,000, not 1000000000"),
+    ("n_layer", 0, "hparams.json: n_layer must be a whole number from 1 to 999,999, not 0"),
+    ("n_layer", 10**9, "hparams.json: n_layer must be .* to 999,999, not 1000000000"),
 ]
 
 
@@ -157,7 +157,7 @@ CHANGES = (  # bytes that are added, line ends that are changed, and an end that
 DAMAGED = [
     *(("openai", DATA, change, r"has [\d,]+ bytes instead of [\d,]+\.") for change in CHANGES),
     ("openai", "hparams.json", b"{", "is not a JSON object"),
-    ("openai", "hparams.json", b"{}", "n_vocab must be a number above 0"),
+    ("openai", "hparams.json", b"{}", "n_vocab must be a whole number"),
     ("openai", "checkpoint", b"", "names no checkpoint"),
     ("openai", "checkpoint", b'model_checkpoint_path: "%s"' % (b"x" * 999), "names no checkpoint"),
     *(("saved", "model.safetensors", change, "is damaged or cut off: ") for change in CHANGES),
