@@ -36,7 +36,6 @@ def command_line(main):
             text = main(**arguments)
         # `show` has printed the text already, but not the end of the line.
         print("" if "show" in arguments else text, flush=True)
-        return
     except ModuleNotFoundError as error:
         status = f"{error}: pip install -r requirements.txt"
     except BrokenPipeError:  # The reader closed the pipe, as `head` does.
@@ -47,6 +46,8 @@ def command_line(main):
         status = "There is not enough memory."
     except (OSError, UserError) as error:
         status = str(error)
+    else:
+        return
     end_output("\n" if status == 130 else "")  # Ctrl-C may have come in the middle of a line.
     sys.exit(status)  # If the status is a text, Python prints it and exits with 1.
 
@@ -56,7 +57,7 @@ def end_output(end):
     try:
         print(end=end, flush=True)
     except OSError:  # The pipe is closed, or the disk is full.
-        # At exit, Python flushes again, and would tell the same error once more.
+        # At exit, Python flushes again, and would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -115,21 +116,24 @@ def print_help(main, parameters):
 
 
 def check_flags(words, parameters):
-    """Raise UserError for an option without a value. Fire would give it the value True."""
-    flag = r"--?([a-zA-Z][\w-]*)"
+    """Raise UserError for a flag that is not an option, and for an option without a value.
+
+    Fire would give an option without a value the value True.
+    """
+    flag = "--|-[a-zA-Z]"  # the start of what Fire takes for a flag
     for word, next_word in itertools.pairwise([*words, None]):
-        if re.fullmatch("--+(=.*)?", word):
-            raise UserError(f"{brief(word)} is not an option. {SEE_HELP}")
-        # The next word may also be a flag with its value in it, such as --seed=1.
-        has_no_value = next_word is None or re.match(flag, next_word)
-        is_flag = re.fullmatch(flag, word)
-        if is_flag and has_no_value and find_options(is_flag[1], parameters):
-            raise UserError(f"{word} needs a value. {SEE_HELP}")
+        if re.match(flag, word):
+            key, equals, _ = word.lstrip("-").partition("=")
+            if find_option(key, parameters) is None:
+                raise UserError(f"{brief(word)} is not an option. {SEE_HELP}")
+            if not equals and (next_word is None or re.match(flag, next_word)):
+                raise UserError(f"{word} needs a value. {SEE_HELP}")
 
 
-def find_options(key, parameters):
-    """Return the names of the parameters that a flag can mean, by its name or its first letter."""
-    return [p.name for p in parameters if key.replace("-", "_") in (p.name, p.name[0])]
+def find_option(key, parameters):
+    """Return the name of the only parameter with this name or this first letter, or None."""
+    names = [p.name for p in parameters if key.replace("-", "_") in (p.name, p.name[0])]
+    return names[0] if len(names) == 1 else None
 
 
 def parse_words(words, parameters):
@@ -157,14 +161,7 @@ def parse_words(words, parameters):
     # here, - is a prompt. So the separator is a character that no word has.
     fire.Fire(keep, [*words, "--", "--separator=\0"])
     values, options = kept.pop()
-    arguments = {}
-    for key, value in options.items():
-        names = find_options(key, parameters)
-        if len(names) != 1:
-            flag = f"-{key}" if len(key) == 1 else f"--{key}"
-            what = f"can be {' or '.join(names)}" if names else "is not an option"
-            raise UserError(f"{brief(flag)} {what}. {SEE_HELP}")
-        arguments[names[0]] = value
+    arguments = {find_option(key, parameters): value for key, value in options.items()}
     # The words that are left are for the parameters without a default that have no value yet.
     waiting = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
     if len(values) > len(waiting):
@@ -184,7 +181,7 @@ def read_prompt(prompt):
     standard input. A prompt may be "", which starts a new text.
     """
     is_missing = prompt is None
-    stdin = sys.stdin or io.StringIO()  # It can be closed.
+    stdin = sys.stdin or io.StringIO()  # It is None if it is closed.
     try:
         if prompt == "-" or (is_missing and not stdin.isatty()):
             prompt = stdin.read().removesuffix("\n")  # the end of the last line
@@ -241,13 +238,12 @@ def best_threads(seconds, all_threads):
     (4, 2)
     """
     half = max(all_threads // 2, 1)
-    n_before = len(seconds) % 50
-    tried = seconds[len(seconds) - n_before :][:5]
-    if n_before < 2:
+    recent = seconds[len(seconds) // 50 * 50 :]  # since the last trial began
+    if len(recent) < 2:
         return all_threads
-    if n_before < 5:
+    if len(recent) < 5:
         return half
-    return all_threads if min(tried[:2]) < min(tried[2:]) else half
+    return all_threads if min(recent[:2]) < min(recent[2:5]) else half
 
 
 # --- Arguments: what `main` checks, in a shell and in Python ---

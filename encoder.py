@@ -26,8 +26,8 @@ class UserError(ValueError):
 def bytes_to_unicode():
     """Return a visible character for each byte.
 
-    If a byte is a visible character in Latin-1, it gets that one. The others get the characters
-    from U+0100 on.
+    GPT-2's vocabulary is written in these characters. If a byte is a visible character in Latin-1,
+    it gets that one. The others get the characters from U+0100 on.
 
     >>> "".join(bytes_to_unicode()[byte] for byte in "a café".encode("utf-8"))
     'aĠcafÃ©'
@@ -134,8 +134,8 @@ class Encoder:
         """Return the bytes that a token stands for: one byte for each of its characters.
 
         Two kinds of tokens are spelled as they look: those with a character that stands for no
-        byte, such as [日本], and special tokens that would not be UTF-8, such as café. The library
-        `tokenizers` does the same for the first kind. Of café, it prints only a part.
+        byte, such as [日本], and special tokens whose bytes would not be UTF-8, such as café. The
+        library `tokenizers` does the same for the first kind. It prints only a part of café.
 
         >>> toy = Encoder({"[日本]": 0, "Ġthe": 1, "Ġ<s>": 2, "café": 3}, [], ["Ġ<s>", "café"])
         >>> [toy.token_bytes(token).decode() for token in toy.encoder]
@@ -210,12 +210,11 @@ def check_settings(path, content):
     require(where, settings, continuing_subword_prefix=None, end_of_word_suffix=None)
     require(f"{path}: decoder", content.get("decoder") or {}, type="ByteLevel")
     processor = content.get("post_processor") or {}
-    # A sequence has a list of steps. Any other processor is a single step.
+    # A TemplateProcessing adds `special_tokens` to every text, and some others `cls` and `sep`.
+    # A sequence has a list of `processors`, but none of them may be a sequence again.
+    unwanted = dict(special_tokens=None, cls=None, sep=None, processors=None)
     for step in processor.get("processors", [processor]):
-        where = f"{path}: post_processor"
-        require(where, step, processors=None)  # no sequence in a sequence
-        # A TemplateProcessing adds `special_tokens` to every text, and some others `cls` and `sep`.
-        require(where, step, special_tokens=None, cls=None, sep=None)
+        require(f"{path}: post_processor", step, **unwanted)
 
 
 def read_two_files(path, merges_path):
@@ -265,8 +264,8 @@ BRIEF.maxstring = 40
 def require(where, settings, **wanted):
     """Raise UserError if a setting is there and is not as wanted.
 
-    A setting that is missing has its default, which is as wanted. Where null or false is wanted,
-    whatever is empty will do too.
+    A setting that is missing has its default, which is as wanted. Where None or False is wanted,
+    any empty value will do, such as 0 or "".
 
     >>> require("a.json", {"n": 1, "x": ""}, n=1, x=None, y=False)
     >>> require("a.json", {"n": 1}, n=None)

@@ -30,8 +30,8 @@ DATA = "model.ckpt.data-00000-of-00001"
 FILES = ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe", DATA)
 # What a folder must have, for the message about a file that is missing.
 LAYOUTS = (
-    "A model is what `save_pretrained` writes: config.json, model.safetensors and tokenizer.json "
-    f"(or vocab.json and merges.txt), or what OpenAI's code writes: {', '.join(FILES)}."
+    "A model has the files of `save_pretrained`: config.json, model.safetensors and tokenizer.json "
+    f"(or vocab.json and merges.txt), or those of OpenAI's code: {', '.join(FILES)}."
 )
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 MAX_REQUESTS = 20  # for each file; if the connection breaks, the next request is for the rest
@@ -100,7 +100,7 @@ def find_model(model_size, models_dir):
         if not is_hugging_face(folder):
             download_gpt2_files(model_size, folder)
         return folder
-    is_path = re.search(r"[/\\]", str(model_size)) or str(model_size) in (".", "..")
+    is_path = re.search(r"[/\\]|^\.\.?$", str(model_size))
     # A path such as ../tuned starts in the current directory, and never in `models`.
     folders = [] if is_path else [models / model_size, MODELS / model_size]
     for folder in [*folders, home(model_size)]:
@@ -196,7 +196,7 @@ def map_file(path):
 def find_checkpoint(folder):
     """Return the path of the checkpoint that the file `checkpoint` names, without its endings.
 
-    A line of it is `model_checkpoint_path: "/home/me/run1/model-500"`. The folder may be one of
+    A line of it is `model_checkpoint_path: "/home/me/run1/model-500"`. The folder may be from
     another machine, so only the last part counts. A name of more than 200 characters is refused,
     because it would fill a message.
     """
@@ -377,8 +377,9 @@ def download_gpt2_files(model_size, model_dir):
 
 def root_cause(error):
     """Return the original error. The library `requests` wraps it in several others."""
+    is_wrapper = type(error).__module__.startswith(("requests.", "urllib3."))
     inner = error.__cause__ or error.__context__
-    return root_cause(inner) if inner else error
+    return root_cause(inner) if is_wrapper and inner else error
 
 
 def new_session():
@@ -441,12 +442,11 @@ def complete(session, url, part, size):
     """Request the rest of a file until `part` has this size. An earlier download is continued."""
     if not part.exists() or part.stat().st_size > size:
         part.write_bytes(b"")
-    n_requests = 0
-    while part.stat().st_size < size:
-        if n_requests == MAX_REQUESTS:
-            raise OSError(f"{n_requests} answers ended too early. Run again to continue")
-        receive(session, url, part, size)
-        n_requests += 1
+    for _ in range(MAX_REQUESTS):
+        if part.stat().st_size < size:
+            receive(session, url, part, size)
+    if part.stat().st_size < size:
+        raise OSError(f"{MAX_REQUESTS} answers ended too early. Run again to continue")
 
 
 def receive(session, url, part, size):

@@ -1,7 +1,7 @@
 """Train a GPT-2 on your own text, from nothing or from an existing model.
 
     pip install -r examples/requirements.txt
-    python examples/train.py my.txt models/mine                        # learns the text by heart
+    python examples/train.py my.txt models/mine                 # learns the text by heart
     python examples/train.py my.txt models/tuned --start 124M   # fine-tunes GPT-2
 
 The model is the function `gpt2` of `gpt2.py`, with JAX in place of NumPy. JAX computes how the loss
@@ -44,10 +44,9 @@ SIZES = {"n_ctx": 256, "n_embd": 160, "n_head": 4, "n_layer": 4}  # of a model f
 LIMITS = dict(steps=(int, 0), batch=(int, 1), length=(int, 1), lr=(float, 0, 1))
 LIMITS |= dict(num_processes=(int, 1), process_id=(int, 0))
 # A word is a run of at most 20 characters without spaces. In a longer run, as in Chinese or in a
-# genome, each character is a word, and so it is beside the token between two texts.
+# genome, each character is a word. The same holds for a run that has <|endoftext|> in it.
 WORD = r"<\|endoftext\|>|(?<!\S)(?!\S*<\|endoftext\|>)\S{1,20}(?!\S)|\S"
 N_ASKED, N_NEW = 500, 16  # the prompts of the exam, and the tokens that the model must know
-ADAM = None  # where optax asks which parameters Muon trains, this leaves one to Adam
 
 
 def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, lr=None,
@@ -58,7 +57,7 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     60 minutes on two processor cores. For a text of 10 KB, --steps 600 is enough and takes two to
     four minutes. With --start, an existing model is fine-tuned on the text. Ctrl-C ends the
     training after the current step, and what was learnt is saved. If several processes train
-    together, a signal ends the one that gets it, the others follow, and nothing is saved.
+    together, a signal ends the one that gets it. Then the others end too, and nothing is saved.
 
     Args:
         text_path: a text file in UTF-8; if it holds several texts, put <|endoftext|> between them
@@ -113,8 +112,9 @@ def join(coordinator_address, **team):
 
     JAX would keep the signals for itself, and wait for the other processes.
     """
-    if not coordinator_address or len(team) < 2:
-        raise UserError("Several processes need an address, --num_processes and --process_id.")
+    if not coordinator_address or not team.get("process_id", np.inf) < team.get("num_processes", 0):
+        needs = "--coordinator_address, --num_processes and a --process_id below it"
+        raise UserError(f"Several processes need {needs}.")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator_address, **team)
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -124,7 +124,8 @@ def join(coordinator_address, **team):
 def note_ctrl_c():
     """Return a list in which Ctrl-C is noted from now on. A second one ends the program at once.
 
-    An exception could come when a step has the old parameters and has not returned the new ones.
+    It raises no exception, because one in the middle of a step would lose the parameters: the old
+    ones are given away, and the new ones have not been returned yet.
     """
     interrupted = []
 
@@ -171,7 +172,7 @@ class Text:
         """Return a random prompt of 1 to 18 words, its ids, and the ids of `n` tokens after it.
 
         The prompt is encoded by itself, and so is what follows, as when a user types the prompt
-        and the model goes on. Its first and last token can be others than in the whole text.
+        and the model goes on. So the tokens at their ends can differ from those in the whole text.
         """
         i, n_words = random.integers(len(self.words)), random.integers(1, 19)
         start, end = self.words[i][0], self.words[i : i + n_words][-1][1]
@@ -211,7 +212,8 @@ def from_nothing(text, steps=12000, batch=48, length=40, lr=0.02):
         return np.array([text.window(random, n + 1) for _ in range(n_windows)], np.int32)
 
     def kind(name, *shape):
-        return optax.contrib.MuonDimensionNumbers() if name.endswith("/w") else ADAM
+        # None leaves a parameter to Adam.
+        return optax.contrib.MuonDimensionNumbers() if name.endswith("/w") else None
 
     def rate(highest):
         return optax.warmup_cosine_decay_schedule(0, highest, steps // 30, steps)
@@ -259,7 +261,7 @@ exec(read_text(gpt2.__file__).replace("import numpy as np", "import jax.numpy as
 
 
 def loss(params, windows, n_head):
-    """Return minus the mean log probability of all tokens but the first of each window."""
+    """Return the mean of minus the log probability, over all but the first token of each window."""
     model = jax.vmap(lambda inputs: on_jax["gpt2"](inputs, **params, n_head=n_head))
     inputs, labels = windows[:, :-1], windows[:, 1:]
     return optax.softmax_cross_entropy_with_integer_labels(model(inputs), labels).mean()
@@ -285,8 +287,8 @@ def train(plan, interrupted):
     def held_out_loss():
         return np.mean([measure(params, window[None], n_head) for window in plan.held_out])
 
-    # The old parameters are donated, which means that the new ones take their memory. So they must
-    # be a copy, because the loaded ones are views of a file.
+    # The old parameters are donated, which means that the new ones take their memory. The loaded
+    # ones are views of a file, so they are copied first.
     step = jax.jit(step, donate_argnums=(0, 1), in_shardings=whole, out_shardings=whole)
     measure = jax.jit(loss, static_argnums=2, in_shardings=whole, out_shardings=whole)
     begin = jax.jit(lambda params: (params, plan.optimizer.init(params)), out_shardings=whole)
@@ -338,9 +340,9 @@ def save(model_dir, encoder, hparams, params):
 def recite(text, folder):
     """Count how often the model continues the text word for word after a random prompt.
 
-    The model reads a prompt together with the text that follows. Greedy generation would write the
-    same text if the logit of each token in it is the highest. A prompt that occurs twice in the
-    text is left out, because it may continue in two ways, and so is one that does not fit.
+    The model reads a prompt together with the text that follows. If each token of that text has the
+    highest logit, greedy generation would write the same. A prompt that occurs twice in the text is
+    left out, because it may continue in two ways, and so is one that does not fit.
     """
     encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder))
     text, random, right = Text(text, encoder), np.random.default_rng(0), []

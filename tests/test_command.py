@@ -28,7 +28,7 @@ MISTAKES = {  # what is typed, and the words of the message
     "": ["prompt", "--help"],
     "x --temprature 1": ["'--temprature' is not an option", "--help"],
     "x --show print": ["--show", "--help"],
-    "x -m 1M": ["'-m' can be model_size or models_dir", "--help"],
+    "x -m 1M": ["'-m' is not an option", "--help"],
     "x --models_dir": ["--models_dir needs a value"],
     "x --foo": ["'--foo' is not an option"],
     "x --": ["'--' is not an option"],

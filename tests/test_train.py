@@ -174,7 +174,7 @@ MISTAKES = [
     (FISH * 40, {"model_dir": "{text}/new"}, "text.txt cannot be written: "),
     (FISH * 40, {"model_dir": "{start}"}, "start exists already. Choose another folder"),
     (FISH * 40, {"text_path": "{text}x"}, "There is no text file .*text.txtx"),
-    (FISH * 40, {"num_processes": 2}, "Several processes need an address"),
+    (FISH * 40, {"num_processes": 2}, "Several processes need --coord"),
     (FISH, {"steps": "1.5"}, "steps must be a whole number, 0 or more, not '1.5'"),
     (FISH, {"lr": "nan"}, "lr must be a number, from 0 to 1, not 'nan'"),
 ]
