@@ -80,7 +80,8 @@ def use_utf_8():
 def read_arguments(main):
     """Return the arguments for `main`. With -h or --help, print the help and exit.
 
-    Parameters that are keyword-only in `main` are left out, because they are for Python.
+    Parameters that are keyword-only in `main`, such as `show`, are for Python. So no word can set
+    them.
     """
     words, parameters = sys.argv[1:], inspect.signature(main).parameters
     in_shell = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
@@ -104,6 +105,7 @@ def print_help(main, parameters):
     """
     import fire
 
+    # Fire reads only the docstring of this function, and its signature, which is set below.
     @functools.wraps(main)
     def command(): ...
 
@@ -119,6 +121,15 @@ def check_flags(words, parameters):
     """Raise UserError for a flag that is not an option, and for an option without a value.
 
     Fire would give an option without a value the value True.
+
+    >>> parameters = inspect.signature(lambda prompt, seed=None: ...).parameters.values()
+    >>> check_flags(["-", "-5", "-s", "-1", "--seed=1"], parameters)
+    >>> check_flags(["--noseed"], parameters)
+    Traceback (most recent call last):
+    encoder.UserError: '--noseed' is not an option. See --help.
+    >>> check_flags(["--seed", "-s=1"], parameters)
+    Traceback (most recent call last):
+    encoder.UserError: --seed needs a value. See --help.
     """
     flag = "--|-[a-zA-Z]"  # the start of what Fire takes for a flag
     for word, next_word in itertools.pairwise([*words, None]):
@@ -137,11 +148,11 @@ def find_option(key, parameters):
 
 
 def parse_words(words, parameters):
-    """Return the arguments that are in the words, as strings.
+    """Return the arguments that are in the words, as strings. The words have passed `check_flags`.
 
     The library Fire finds the flags, such as --seed or -s. The words that are left are for the
     parameters without a default, in their order. So no word of a prompt becomes the value of an
-    option if the quotes are missing.
+    option if the quotes are missing. If an option is given twice, the last value counts.
 
     >>> parameters = inspect.signature(lambda prompt, seed=None: ...).parameters.values()
     >>> parse_words(["42", "-s", "1"], parameters)
@@ -217,7 +228,8 @@ def new_show():
 
     def show(piece):
         print(piece, end="", flush=True)
-        times.append(time.perf_counter())
+        times.append(time.perf_counter())  # once for each token
+        # The result of `limit` could undo it. It is not needed.
         blas.limit(limits=best_threads(np.diff(times), all_threads))
 
     return show
@@ -230,7 +242,8 @@ def best_threads(seconds, all_threads):
     and waits for the last part. If another program keeps one processor busy, every product waits.
     Half of the threads leave room for that program. So of 50 tokens, two are tried with all
     threads, and three with half of them. The rest get the faster number. The fastest token of each
-    trial counts, because the first one after a change may be slow.
+    trial counts, because the first one after a change may be slow. In `seconds`, the first two
+    numbers are those with all threads, and the next three those with half of them.
 
     >>> best_threads([], 4), best_threads([9, 2], 4)
     (4, 2)

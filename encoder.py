@@ -69,7 +69,10 @@ class Encoder:
         self.cache = {}
 
     def bpe(self, word):
-        """Merge neighbours in one word, each time the pair with the highest priority."""
+        """Merge neighbours in one word, each time the pair with the highest priority.
+
+        `word` is a string or another iterable of characters. None of them may be white space.
+        """
         # Each part has a space of its own on both sides, so that only whole parts are replaced. The
         # pair ("l", "o") turns " l  o  w " into " lo  w ".
         parts = "".join(f" {char} " for char in word)
@@ -135,7 +138,8 @@ class Encoder:
 
         Two kinds of tokens are spelled as they look: those with a character that stands for no
         byte, such as [日本], and special tokens whose bytes would not be UTF-8, such as café. The
-        library `tokenizers` does the same for the first kind. It prints only a part of café.
+        library `tokenizers` does the same for the first kind. It prints only a part of café, so
+        there the two differ.
 
         >>> toy = Encoder({"[日本]": 0, "Ġthe": 1, "Ġ<s>": 2, "café": 3}, [], ["Ġ<s>", "café"])
         >>> [toy.token_bytes(token).decode() for token in toy.encoder]
@@ -146,7 +150,7 @@ class Encoder:
             return as_it_looks
         spelled = bytes(self.byte_decoder[char] for char in token)
         if token not in self.special or len(token) == 1:
-            return spelled  # It may be a part of a character.
+            return spelled  # It may be one byte of a character that has several.
         is_utf_8 = "\ufffd" not in spelled.decode("utf-8", "replace")
         return spelled if is_utf_8 else as_it_looks
 
@@ -171,7 +175,7 @@ def get_encoder(model_name, models_dir):
         for tokens, merges in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]:
             if (folder / tokens).exists() or (folder / merges).exists():
                 return read_two_files(folder / tokens, folder / merges)
-    return read_tokenizer_json(folder / "tokenizer.json")
+    return read_tokenizer_json(folder / "tokenizer.json")  # If it is missing, the error names it.
 
 
 def check_tokenizer_config(path):
@@ -196,7 +200,7 @@ def read_tokenizer_json(path):
         # Older files have each merge as one string.
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
         return checked_encoder(path, vocabulary | added, merges, added)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:  # A part is missing, or of another type.
         raise UserError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
 
 
@@ -223,6 +227,7 @@ def read_two_files(path, merges_path):
     Its special tokens are the added ones, and those that no merge makes and that look like <s>.
     """
     lines = read_text(merges_path).split("\n")
+    # Only the first line is a comment. Other lines that begin with # are merges.
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = read_json(path.with_name("added_tokens.json"), optional=True)
     vocabulary = read_json(path) | added
@@ -238,6 +243,7 @@ def checked_encoder(path, vocabulary, merges, special):
     make a token. A token must be made by a merge, or be special, look special, or be one character.
     """
     ids = vocabulary.values()
+    # For an empty vocabulary, there are no kinds. For the id True, its type is bool.
     kinds = {(type(token), type(id)) for token, id in vocabulary.items()}
     if kinds != {(str, int)} or sorted(ids) != [*range(len(ids))]:
         raise UserError(f"{path} does not number its tokens 0, 1, 2 and so on")

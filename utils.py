@@ -83,7 +83,7 @@ def load_encoder_hparams_and_params(model_size, models_dir=None):
         else:
             hparams = read_hparams(folder / "hparams.json", HPARAMS)
             params = load_gpt2_params_from_tf_ckpt(find_checkpoint(folder), hparams)
-    except FileNotFoundError as error:
+    except FileNotFoundError as error:  # It comes from a file of the folder, so it has a name.
         missing = os.path.basename(error.filename)[:60]
         raise FileNotFoundError(f"{folder} has no {missing}. {LAYOUTS}") from None
     params["wte"] = params["wte"][: len(encoder.encoder)]
@@ -101,10 +101,11 @@ def find_model(model_size, models_dir):
             download_gpt2_files(model_size, folder)
         return folder
     is_path = re.search(r"[/\\]|^\.\.?$", str(model_size))
-    # A path such as ../tuned starts in the current directory, and never in `models`.
+    # A path such as ../tuned starts in the current directory, and never in `models`. The bundled 1M
+    # is in MODELS, whatever `models_dir` is.
     folders = [] if is_path else [models / model_size, MODELS / model_size]
     for folder in [*folders, home(model_size)]:
-        if model_size and os.path.isdir(folder):
+        if model_size and os.path.isdir(folder):  # which is False, and no error, for a long name
             return folder
     choices = f"{', '.join(SIZES)}, 1M, a folder in {models}, or the path of one"
     raise UserError(f"The model must be {choices}, not {brief(model_size)}")
@@ -118,8 +119,9 @@ def is_hugging_face(folder):
 def read_hparams(path, names, **defaults):
     """Return the content of a JSON file that has the hparams under these names.
 
-    Raises UserError unless they are whole numbers from 1 to 999,999, and n_embd is a multiple of
-    n_head. (A model of a billion layers would fill the memory before its file is found too small.)
+    The names are OpenAI's or Hugging Face's. n_embd and n_head are the same in both. Raises
+    UserError unless all are whole numbers from 1 to 999,999, and n_embd is a multiple of n_head.
+    (A model of a billion layers would fill the memory before its file is found too small.)
     """
     hparams = defaults | read_json(path)
     for name in names:
@@ -153,7 +155,7 @@ def build_params(hparams, leaf):
 
     This is the only list of the parameters. The names are OpenAI's without the `model/` at their
     start. The shapes are those that `gpt2` takes, and the files have the same. The order of the
-    calls only matters where `leaf` returns random numbers.
+    calls only matters where `leaf` returns random numbers, as in `examples/train.py`.
     """
     n_embd = hparams["n_embd"]
 
@@ -187,7 +189,7 @@ def map_file(path):
     try:
         return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are faster
     except (OSError, ValueError):  # Some drives cannot map files. An empty file cannot be mapped.
-        return np.frombuffer(Path(path).read_bytes(), np.uint8)
+        return np.frombuffer(Path(path).read_bytes(), np.uint8)  # A missing file fails again.
 
 
 # --- OpenAI's layout: a checkpoint of TensorFlow ---
@@ -198,7 +200,7 @@ def find_checkpoint(folder):
 
     A line of it is `model_checkpoint_path: "/home/me/run1/model-500"`. The folder may be from
     another machine, so only the last part counts. A name of more than 200 characters is refused,
-    because it would fill a message.
+    because the system's message about a missing file would repeat it.
     """
     path = folder / "checkpoint"
     pattern = r'(?m)^model_checkpoint_path: "(?:.*[/\\])?([^"/\\\0\n]{1,200})"'
@@ -251,7 +253,8 @@ def load_hugging_face(folder):
     hparams = {name: config[other_name] for name, other_name in HPARAMS.items()}
     tensors = read_tensors(folder)
     lm_head = tensors.get("lm_head.weight")
-    if lm_head is not None:  # GPT-2 scores tokens with `wte`. The file may have it as this only.
+    # GPT-2 scores tokens with `wte`. A file may have it as `lm_head.weight` only.
+    if lm_head is not None:
         tensors.setdefault("wte.weight", lm_head)
 
     def leaf(name, *shape):
@@ -272,7 +275,7 @@ def load_hugging_face(folder):
 def read_tensors(folder):
     """Return all tensors by name, from `model.safetensors` or the files that an index names."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if path.exists() or not index.exists():
+    if path.exists() or not index.exists():  # If both are missing, the message names `path`.
         return read_safetensors(path)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -303,11 +306,12 @@ def read_safetensors(path):
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             name = name.removeprefix("transformer.")
-            dtype = str(entry["dtype"])
+            dtype = str(entry["dtype"])  # A list could not be looked up in DTYPES.
             tensors[name] = Tensor(path, dtype, entry["shape"], numbers[begin:end])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
-    # The sizes must add up, so that lost or added bytes are noticed.
+    # The sizes must add up, so that lost or added bytes are noticed. (An overlap and a gap of one
+    # size would not be.)
     if sum(tensor.data.size for tensor in tensors.values()) != numbers.size:
         raise UserError(f"{path} is damaged or cut off: its tensors do not fill the file")
     return tensors
@@ -376,7 +380,10 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def root_cause(error):
-    """Return the original error. The library `requests` wraps it in several others."""
+    """Return the original error. The library `requests` wraps it in several others.
+
+    For example, it wraps an OSError in a NewConnectionError, in a MaxRetryError, and in its own.
+    """
     is_wrapper = type(error).__module__.startswith(("requests.", "urllib3."))
     inner = error.__cause__ or error.__context__
     return root_cause(inner) if is_wrapper and inner else error
@@ -391,7 +398,8 @@ def new_session():
     import requests
 
     statuses = [408, 429, 500, *range(502, 600)]  # 501 is final: a server that knows no HEAD
-    # The server's `Retry-After` is not read, because it could ask for hours.
+    # The first pause is 0, and the others are 2, 4 and 8 times `backoff_factor`. The server's
+    # `Retry-After` is not read, because it could ask for hours.
     pauses = {"backoff_factor": 0.5, "respect_retry_after_header": False}
     retry = requests.adapters.Retry(4, status_forcelist=statuses, **pauses)
     session = requests.Session()
@@ -402,18 +410,18 @@ def new_session():
 
 
 def request(session, method, url, start=0):
-    """Return the answer to a request for the bytes of a file from `start` on."""
+    """Return the answer to a request for the bytes of a file from `start` on.
+
+    `session.request` follows redirects for HEAD too, unlike `session.head`.
+    """
     headers = {"Range": f"bytes={start}-"} if start else {}
     response = session.request(method, url, headers=headers, stream=True, timeout=(3, 10))
     if response.status_code not in (200, 206):
         raise OSError(f"the server answered {response.status_code}")
-    if "html" in response.headers.get("Content-Type", ""):
+    if "html" in response.headers.get("Content-Type", "").lower():
         raise OSError("the answer is a web page, perhaps one to log in")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise OSError("the server compresses the file, which it was asked not to do")
-    content_range = response.headers.get("Content-Range", "")
-    if response.status_code == 206 and not content_range.startswith(f"bytes {start}-"):
-        raise OSError("the server sent another part of the file")
     return response
 
 
@@ -450,17 +458,18 @@ def complete(session, url, part, size):
 
 
 def receive(session, url, part, size):
-    """Request the rest of a file, and append to `part` what comes, until the connection breaks."""
+    """Request the rest of a file, and append to `part` what comes, until the connection breaks.
+
+    A request without an answer has been repeated by the session already, and ends the download.
+    """
     from requests.exceptions import BaseHTTPError
     from tqdm import tqdm
 
     with open(part, "r+b") as file:
         start = file.seek(0, os.SEEK_END)
         response = request(session, "GET", url, start)
-        if response.status_code == 200:
-            # The server ignores the range and sends the whole file. The bytes that are here already
-            # are written again, and those behind them stay.
-            start = file.seek(0)
+        # From 0 on, the bytes that are here already are written again, and those behind them stay.
+        start = file.seek(first_byte(response, start, size))
         progress = tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start)
         # A broken connection is a BaseHTTPError. Then `complete` calls this again. A piece that has
         # not come whole is lost, so the pieces are small.
@@ -471,13 +480,29 @@ def receive(session, url, part, size):
                 out.write(piece)
 
 
+def first_byte(response, start, size):
+    """Return where the bytes of an answer begin in the file: at `start`, or at 0.
+
+    A server that ignores the range sends the whole file. Raises OSError if the answer has another
+    place or another size. It may be a page that says what went wrong.
+    """
+    if response.status_code == 206:
+        content_range = response.headers.get("Content-Range", "")
+        if re.fullmatch(rf"bytes {start}-\d+/{size}", content_range):
+            return start
+    elif response.headers.get("Content-Length", str(size)) == str(size):
+        return 0
+    raise OSError("the server sent another file, or another part of it")
+
+
 def check_md5(part, md5):
     """Check a file against its MD5 in base64. If that is wrong, delete the file and raise OSError.
 
-    A server that does not announce the MD5 is trusted: `md5` is None then.
+    A server that does not announce the MD5 is trusted.
     """
-    if md5 is None:
+    if not md5:
         return
+    # The map has no name, so that it is closed at once. Windows keeps a file that is mapped.
     digest = hashlib.md5(map_file(part), usedforsecurity=False).digest()
     if base64.b64encode(digest).decode() != md5:
         part.unlink()

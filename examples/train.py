@@ -22,6 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # While JAX is imported, it can swallow a KeyboardInterrupt.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 try:
     import jax
     import numpy as np
@@ -41,7 +44,7 @@ except ModuleNotFoundError as error:
 
 SIZES = {"n_ctx": 256, "n_embd": 160, "n_head": 4, "n_layer": 4}  # of a model from nothing
 # What an option must be: its kind and its limits.
-LIMITS = dict(steps=(int, 0), batch=(int, 1), length=(int, 1), lr=(float, 0, 1))
+LIMITS = dict(steps=(int, 0, 10**9), batch=(int, 1), length=(int, 1), lr=(float, 0, 1))
 LIMITS |= dict(num_processes=(int, 1), process_id=(int, 0))
 # A word is a run of at most 20 characters without spaces. In a longer run, as in Chinese or in a
 # genome, each character is a word. The same holds for a run that has <|endoftext|> in it.
@@ -75,7 +78,7 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
     """
     options = read_options(LIMITS, steps=steps, batch=batch, length=length, lr=lr)
     team = read_options(LIMITS, num_processes=num_processes, process_id=process_id)
-    text_path, model_dir = home(text_path), home(model_dir).absolute()
+    text_path, model_dir = home(text_path), Path(os.path.abspath(home(model_dir)))
     if not text_path.is_file():
         raise UserError(f"There is no text file {text_path}")
     text = read_text(text_path)
@@ -87,24 +90,27 @@ def main(text_path, model_dir, start=None, steps=None, batch=None, length=None, 
         raise UserError(f"{model_dir} exists already. Choose another folder for the new model.")
     if coordinator_address or team:
         join(coordinator_address, **team)
-    plan = from_start(text, start, **options) if start else from_nothing(text, **options)
-    # A place that cannot be written is noticed now, because later the training would be lost.
+    is_new = start is None
+    plan = from_nothing(text, **options) if is_new else from_start(text, start, **options)
+    # A name that cannot be written is noticed now, because later the training would be lost.
     try:
         model_dir.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=model_dir.parent).close()
+        tempfile.NamedTemporaryFile(prefix=model_dir.name, dir=model_dir.parent).close()
     except OSError as error:
-        raise UserError(f"{model_dir.parent} cannot be written: {error.strerror}") from None
+        raise UserError(f"{model_dir} cannot be written: {error.strerror}") from None
     interrupted = note_ctrl_c() if jax.process_count() == 1 else []
     params, report = train(plan, interrupted)
     if jax.process_index() > 0:
         sys.exit()  # process 0 saves and reports
+    while os.path.lexists(model_dir):  # Another program has taken the name meanwhile.
+        model_dir = model_dir.with_name(f"{model_dir.name}-new")
     save(model_dir, plan.encoder, plan.hparams, params)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     report = f"The model is in {model_dir}.\n{report}"
     if interrupted:
         print("Stopped.", report)
         sys.exit(130)
-    return report if start else f"{report}\n{recite(text, model_dir)}"
+    return f"{report}\n{recite(text, model_dir)}" if is_new else report
 
 
 def join(coordinator_address, **team):

@@ -171,11 +171,11 @@ MISTAKES = [
     ("A b c.", {}, "--length 40 is too long: this model and text allow [4-9]"),
     (FISH * 40, {"start": "{start}", "length": 33}, "--length 33 is too long: .* allow 32"),
     (FISH, {"start": "{start}", "length": 16}, "--length 16 is too long: .* allow 0"),
-    (FISH * 40, {"model_dir": "{text}/new"}, "text.txt cannot be written: "),
+    (FISH * 40, {"model_dir": "{text}/new"}, "new cannot be written: "),
     (FISH * 40, {"model_dir": "{start}"}, "start exists already. Choose another folder"),
     (FISH * 40, {"text_path": "{text}x"}, "There is no text file .*text.txtx"),
     (FISH * 40, {"num_processes": 2}, "Several processes need --coord"),
-    (FISH, {"steps": "1.5"}, "steps must be a whole number, 0 or more, not '1.5'"),
+    (FISH, {"steps": "1.5"}, "steps must be a whole number, from 0 to .*, not '1.5'"),
     (FISH, {"lr": "nan"}, "lr must be a number, from 0 to 1, not 'nan'"),
 ]
 
