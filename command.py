@@ -152,7 +152,7 @@ def parse_words(words, parameters):
 
     The library Fire finds the flags, such as --seed or -s. The words that are left are for the
     parameters without a default, in their order. So no word of a prompt becomes the value of an
-    option if the quotes are missing. If an option is given twice, the last value counts.
+    option if the quotes are missing.
 
     >>> parameters = inspect.signature(lambda prompt, seed=None: ...).parameters.values()
     >>> parse_words(["42", "-s", "1"], parameters)
@@ -229,7 +229,7 @@ def new_show():
     def show(piece):
         print(piece, end="", flush=True)
         times.append(time.perf_counter())  # once for each token
-        # The result of `limit` could undo it. It is not needed.
+        # The limit stays. To undo it, one would keep what `limit` returns.
         blas.limit(limits=best_threads(np.diff(times), all_threads))
 
     return show

@@ -227,8 +227,8 @@ def read_two_files(path, merges_path):
     Its special tokens are the added ones, and those that no merge makes and that look like <s>.
     """
     lines = read_text(merges_path).split("\n")
-    # Only the first line is a comment. Other lines that begin with # are merges.
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    # The first line is "#version: 0.2". Other lines that begin with # are merges.
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version:")]
     added = read_json(path.with_name("added_tokens.json"), optional=True)
     vocabulary = read_json(path) | added
     not_merged = vocabulary.keys() - {*map("".join, merges)}
