@@ -124,7 +124,7 @@ print(*{{library["num_threads"] for library in threadpoolctl.threadpool_info()}}
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two processors")
-def test_the_command_uses_half_of_the_threads_if_that_is_faster():
+def test_half_of_the_threads_are_used_if_that_is_faster_and_the_user_set_none():
     def threads(*seconds, **settings):
         code = THREADS.format([0, *seconds], 1 + len(seconds))
         return int(run(code=("-c", code), **{"OPENBLAS_NUM_THREADS": None} | settings).out)
@@ -134,7 +134,7 @@ def test_the_command_uses_half_of_the_threads_if_that_is_faster():
     assert every > 1 and threads(*half) == threads(*half, *[1] * 44) == every // 2
     assert threads(*half, *[1] * 45) == every  # After 50 tokens, it tries again.
     assert threads(*half, *[1] * 45, 3, 4) == every // 2
-    assert threads(*half, OMP_NUM_THREADS="2") == 2  # What the user sets stays.
+    assert threads(*half, OMP_NUM_THREADS="2") == threads(*half, OPENBLAS_NUM_THREADS="2") == 2
 
 
 def test_a_seed_repeats_a_text():
