@@ -40,8 +40,8 @@ MISTAKES = {  # what is typed, and the words of the message
     f"x --{'y' * 9999} 1": ["--yyy"],
     "x --model_size 117M": ["must be 124M, 355M, 774M, 1558M, 1M, a folder in", "not '117M'"],
     f"x --model_size {'y' * 9999}": ["must be 124M"],
-    "x --n_tokens_to_generate 256 --model_size 1M": ["has 1 tokens", "has 256", "be 255 at most"],
-    f"{'x' * 600} --model_size 1M": ["has 600 tokens", "has 256", "Shorten the prompt"],
+    f"{'x' * 255} --model_size 1M": ["has 255 tokens", "has 256", "may be 1 at most"],
+    f"{'x' * 256} --model_size 1M": ["has 256 tokens", "has 256", "Shorten the prompt"],
 }
 SAMPLING = {
     "": {},
