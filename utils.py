@@ -466,18 +466,18 @@ def receive(session, url, part, size):
     from tqdm import tqdm
 
     with open(part, "r+b") as file:
-        start = file.seek(0, os.SEEK_END)
-        response = request(session, "GET", url, start)
-        # From 0 on, the bytes that are here already are written again, and those behind them stay.
-        start = file.seek(first_byte(response, start, size))
-        progress = tqdm.wrapattr(file, "write", size, desc=part.stem, initial=start)
+        n_here = file.seek(0, os.SEEK_END)
+        response = request(session, "GET", url, n_here)
+        # From 0 on, the bytes that are here already are written once more, with the same result.
+        start = file.seek(first_byte(response, n_here, size))
+        bar = tqdm(desc=part.stem, total=size, initial=start, unit="B", unit_scale=True)
         # A broken connection is a BaseHTTPError. Then `complete` calls this again. A piece that has
         # not come whole is lost, so the pieces are small.
-        with response, progress as out, contextlib.suppress(BaseHTTPError):
+        with response, bar, contextlib.suppress(BaseHTTPError):
             for piece in response.raw.stream(1 << 11, decode_content=False):
                 if file.tell() + len(piece) > size:
                     raise OSError("the file is longer than the server announced")
-                out.write(piece)
+                bar.update(file.write(piece))
 
 
 def first_byte(response, start, size):
