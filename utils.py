@@ -77,12 +77,12 @@ def load_encoder_hparams_and_params(model_size, models_dir=None):
     """
     folder = find_model(model_size, models_dir)
     try:
-        encoder = get_encoder(folder.name, folder.parent)
         if is_hugging_face(folder):
             hparams, params = load_hugging_face(folder)
         else:
             hparams = read_hparams(folder / "hparams.json", HPARAMS)
             params = load_gpt2_params_from_tf_ckpt(find_checkpoint(folder), hparams)
+        encoder = get_encoder(folder.name, folder.parent)
     except FileNotFoundError as error:  # It comes from a file of the folder, so it has a name.
         missing = os.path.basename(error.filename)[:60]
         raise FileNotFoundError(f"{folder} has no {missing}. {LAYOUTS}") from None
