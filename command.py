@@ -80,8 +80,7 @@ def use_utf_8():
 def read_arguments(main):
     """Return the arguments for `main`. With -h or --help, print the help and exit.
 
-    Parameters that are keyword-only in `main`, such as `show`, are for Python. So no word can set
-    them.
+    Parameters that are keyword-only in `main`, such as `show`, are for Python: no word sets them.
     """
     words, parameters = sys.argv[1:], inspect.signature(main).parameters
     in_shell = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
@@ -229,7 +228,7 @@ def new_show():
     def show(piece):
         print(piece, end="", flush=True)
         times.append(time.perf_counter())  # once for each token
-        # The limit stays. To undo it, one would keep what `limit` returns.
+        # The limit stays until the next call.
         blas.limit(limits=best_threads(np.diff(times), all_threads))
 
     return show

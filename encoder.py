@@ -103,7 +103,7 @@ class Encoder:
         for word in {*words}.difference(self.cache):
             tokens = self.bpe(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             for token in tokens:
-                # Only a single byte can be missing: `checked_encoder` has a token for every merge.
+                # Only a single byte can be missing: `checked_encoder` wants a token for each merge.
                 if token not in self.encoder:
                     where = f"{self.byte_decoder[token]:#04x} in {brief(word)}"
                     raise UserError(f"the vocabulary has no token for the byte {where}")
@@ -138,8 +138,8 @@ class Encoder:
 
         Two kinds of tokens are spelled as they look: those with a character that stands for no
         byte, such as [日本], and special tokens whose bytes would not be UTF-8, such as café. The
-        library `tokenizers` does the same for the first kind. It prints only a part of café, so
-        there the two differ.
+        library `tokenizers` does the same for the first kind. Of café, it would print caf and
+        U+FFFD.
 
         >>> toy = Encoder({"[日本]": 0, "Ġthe": 1, "Ġ<s>": 2, "café": 3}, [], ["Ġ<s>", "café"])
         >>> [toy.token_bytes(token).decode() for token in toy.encoder]

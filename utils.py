@@ -382,7 +382,7 @@ def download_gpt2_files(model_size, model_dir):
 def root_cause(error):
     """Return the original error. The library `requests` wraps it in several others.
 
-    For example, it wraps an OSError in a NewConnectionError, in a MaxRetryError, and in its own.
+    For example, an OSError comes in a NewConnectionError, in a MaxRetryError, in a ConnectionError.
     """
     is_wrapper = type(error).__module__.startswith(("requests.", "urllib3."))
     inner = error.__cause__ or error.__context__
@@ -502,7 +502,7 @@ def check_md5(part, md5):
     """
     if not md5:
         return
-    # The map has no name, so that it is closed at once. Windows keeps a file that is mapped.
+    # The map has no name here, so it is closed at once. Windows could not delete a mapped file.
     digest = hashlib.md5(map_file(part), usedforsecurity=False).digest()
     if base64.b64encode(digest).decode() != md5:
         part.unlink()
